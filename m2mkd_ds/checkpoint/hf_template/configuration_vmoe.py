@@ -1,0 +1,43 @@
+"""Configuration of an exported Vision Mixture-of-Experts (V-MoE) image classifier. Shipped beside the weights; needs transformers only."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class VMoEConfig(PreTrainedConfig):
+    """Shapes and routing of a V-MoE. Every field is written to config.json; defaults are those of V-MoE-Base."""
+
+    model_type = "m2mkd_vmoe"
+
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    mlp_ratio: float = 4.0
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    # Numbers of the blocks with experts, ascending; the others have a dense MLP.
+    moe_layers: list[int] | None = None
+    num_experts: int = 8
+    # Experts a token.
+    router_top_k: int = 2
+    # "after": softmax over the kept logits. "before": softmax over all experts, then top-k.
+    router_softmax: str = "after"
+    # With "before": divide the kept weights by their sum.
+    router_renormalize: bool = False
+    router_bias: bool = True
+    # Weights of the balancing losses that are added to the loss in training mode: CV^2 of importance, Switch, z-loss.
+    router_importance_weight: float = 0.0
+    router_switch_weight: float = 0.0
+    router_z_weight: float = 0.0
+    # "grouped": torch's grouped matmul. "loop": one expert after the other. "auto": grouped where it can run, else the loop.
+    # In float32 on a CPU all three give the same bits.
+    expert_backend: str = "auto"
+    # Kept stitch layers (LayerNorm + Linear): [{"pair", "kind": "pre"|"post", "block", "in_dim", "out_dim"}].
+    stitches: list[dict[str, Any]] | None = None
+
+
+__all__ = ["VMoEConfig"]

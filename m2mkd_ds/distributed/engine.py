@@ -1,0 +1,296 @@
+"""The training engine: what the loops call, and its implementation on DeepSpeed ZeRO-1 and ZeRO-2.
+
+One engine trains one module (one teaching pair, or a whole model). Several engines may live in one process and share every
+batch; each has its own clipping, norm, learning rate and checkpoint. The order of calls for each micro-batch is
+
+    outputs = engine(inputs)      loss = f(outputs)      engine.backward(loss)      norm = engine.step(lr)
+
+and every `gradient_accumulation_steps`-th `step` updates the weights. Checkpoints hold fp32 weights and optimizer state in
+plain tensors (`flat_state.py`), not DeepSpeed's own files: those are pickles that only the same number of ranks can load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from m2mkd_ds.distributed.flat_state import FlatGroup, GroupState, optimizer_state, rank_file, read_rank_files, write_rank_file
+from m2mkd_ds.distributed.world import World
+
+
+class Engine(Protocol):
+    """What a training loop may rely on."""
+
+    module: nn.Module
+    """The module as the caller made it, on the device, in the precision of the run."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward pass; floating-point inputs are cast to the precision of the run."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` (the mean over this micro-batch) to the accumulated ones."""
+        ...
+
+    def step(self, lr: float) -> float | None:
+        """End a micro-batch. At the last one of a step: update with learning rate `lr`, return the global gradient norm."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of everything needed to go on."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
+        ...
+
+    def full_state_dict(self, *, ema: bool = False) -> dict[str, Tensor]:
+        """The weights (`ema`: their moving average) as fp32 CPU tensors under the module's own names, the same on every rank."""
+        ...
+
+
+class _Outputs(nn.Module):
+    """Calls the module and lists every tensor in its output, however nested.
+
+    DeepSpeed prepares its buffers in hooks on the outputs' gradients and finds tensors in tuples, lists and dicts only; one
+    hidden in a dataclass would leave the backward pass unprepared.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
+        outputs = self.module(*inputs)
+        return outputs, list(_tensors(outputs))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from _tensors(getattr(value, f.name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class DeepSpeedEngine:
+    """`Engine` on DeepSpeed.
+
+    `module` holds fp32 parameters; those without `requires_grad` stay as they are. `optimizer` is a torch optimizer over all
+    others, each exactly once; the engine takes both over. `ds_config` comes from `resolve_ds_config`. Rank 0's weights and
+    buffers are the ones that every rank starts from. With `ema_decay` > 0 the engine also keeps an exponential moving average of the
+    fp32 weights, updated after every step and sharded like them.
+
+    Raises ValueError for parameters that are not fp32, and for trainable ones that the optimizer lacks or has twice.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: Mapping[str, Any], world: World, *, ema_decay: float = 0.0
+    ) -> None:
+        if not 0.0 <= ema_decay < 1.0:
+            raise ValueError(f"ema_decay is {ema_decay}; allowed is 0 (no average) up to, not including, 1")
+        self.module = module
+        self.world = world
+        self.precision = "bf16" if ds_config["bf16"]["enabled"] else "fp32"
+        self._optimizer = optimizer
+        self._ema_decay = ema_decay
+        named_groups = _named_groups(module, optimizer)
+        # Taken before DeepSpeed casts the module: bf16 keeps 8 bits of the 24 that a weight file brings.
+        originals = {name: p.detach().clone().to(world.device) for name, p in module.named_parameters()}
+
+        self._engine, *_ = _import_deepspeed().initialize(model=_Outputs(module), optimizer=optimizer, config=dict(ds_config))
+
+        self._groups = []
+        for names, group in zip(named_groups, optimizer.param_groups, strict=True):
+            shapes = tuple(originals[name].shape for name in names)
+            part_numel = group["params"][0].numel()
+            self._groups.append(FlatGroup(names, shapes, part_numel, world.rank, world.size))
+        for layout, master_P in zip(self._groups, self._masters(), strict=True):
+            _fill_master(layout, master_P, originals, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        self._frozen = {name: originals[name] for name, p in module.named_parameters() if not p.requires_grad}
+        for tensor in [*self._frozen.values(), *module.buffers()]:
+            torch.distributed.broadcast(tensor, src=0)
+        self._ema = [master_P.detach().clone() for master_P in self._masters()] if ema_decay else []
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's fp32 part of every group: ZeRO leaves exactly one flat parameter in each group of the optimizer."""
+        return [group["params"][0] for group in self._optimizer.param_groups]
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no micro-batch of an unfinished step is accumulated."""
+        return self._engine.micro_steps % self._engine.gradient_accumulation_steps() == 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward pass. In bf16, floating-point tensors among `inputs` are cast; outputs come as the module gives them."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        cast = [x.to(self.world.device, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        outputs, _ = self._engine(*cast)
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss` / gradient_accumulation_steps, summed over micro-batches and averaged over ranks.
+
+        `loss` is a scalar that depends on an output of the last call; frozen modules may lie between.
+        """
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> float | None:
+        """End a micro-batch; None unless it was the last one of a step.
+
+        At the last: clip, update all groups with learning rate `lr`, and return the 2-norm of the averaged gradient over all
+        ranks and groups *before* clipping. `inf` says that some gradient was not finite; every rank then skipped the update.
+        """
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if not boundary:
+            return None
+        norm = float(self._engine.get_global_grad_norm())
+        if norm != float("inf"):
+            for ema_P, master_P in zip(self._ema, self._masters(), strict=bool(self._ema)):
+                ema_P.lerp_(master_P.detach(), 1.0 - self._ema_decay)
+        return norm
+
+    def full_state_dict(self, *, ema: bool = False) -> dict[str, Tensor]:
+        """Collective: fp32 master weights (`ema`: their moving average) and buffers, on the CPU, equal on every rank.
+
+        Names and order are those of `module.state_dict()`; integer buffers keep their type. Raises ValueError for `ema`
+        when the engine keeps no average.
+        """
+        if ema and not self._ema:
+            raise ValueError("this engine keeps no moving average: make it with ema_decay > 0")
+        weights = dict(self._frozen)
+        for layout, part_P in zip(self._groups, self._ema if ema else self._masters(), strict=True):
+            # Cloned one by one: views would share, and keep, the whole row.
+            weights |= {name: piece.cpu().clone() for name, piece in layout.split(layout.gather(part_P)).items()}
+        name_of = {id(p): name for name, p in self.module.named_parameters()}
+        result = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if id(tensor) not in name_of:
+                torch.distributed.broadcast(tensor, src=0)  # a buffer: batch statistics, if any, are a rank's own
+            value = weights[name_of[id(tensor)]] if id(tensor) in name_of else tensor.detach()
+            result[name] = value.float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
+        return result
+
+    def save(self, folder: Path) -> None:
+        """Write `engine_rank_<r>.pt` into the existing `folder`; every rank calls it, between two steps.
+
+        Raises RuntimeError inside a step, because accumulated gradients are not saved.
+        """
+        if not self.at_boundary:
+            raise RuntimeError("save() inside a step: call it after the micro-batch whose step() returned a norm")
+        states = []
+        for index, (layout, master_P) in enumerate(zip(self._groups, self._masters(), strict=True)):
+            tensors_P, scalars = optimizer_state(self._optimizer.state.get(master_P, {}), master_P)
+            tensors_P = {"master": master_P, **tensors_P} | ({"ema": self._ema[index]} if self._ema else {})
+            states.append(GroupState(layout.names, layout.numel, tensors_P, scalars))
+        shared = self._frozen | dict(self.module.named_buffers())
+        extra = {"shared": {name: value.detach().cpu().clone() for name, value in shared.items()} if self.world.is_main else {}}
+        write_rank_file(rank_file(folder, self.world.rank), states, size=self.world.size, extra=extra)
+
+    def load(self, folder: Path) -> None:
+        """Restore weights, optimizer state, average and buffers; every rank calls it, on an engine of the same module.
+
+        With as many ranks as saved, going on is bit for bit the uninterrupted run; with another number the values are the
+        same and only the order of sums differs. Raises ValueError for files that are missing or of another model.
+        """
+        states, extra = read_rank_files(folder, self._groups)
+        for index, (layout, saved, master_P) in enumerate(zip(self._groups, states, self._masters(), strict=True)):
+            tensors_P = dict(saved.tensors_P)
+            if bool(self._ema) != ("ema" in tensors_P):
+                raise ValueError(f"{folder}: ema_decay is {self._ema_decay}, but the checkpoint {'has no' if self._ema else 'has an'} average")
+            with torch.no_grad():
+                master_P.copy_(tensors_P.pop("master"))
+                if self._ema:
+                    self._ema[index].copy_(tensors_P.pop("ema"))
+            state = self._optimizer.state[master_P]
+            for kind, value in (tensors_P | saved.scalars).items():
+                state[kind] = value.to(_state_device(kind, master_P, self._optimizer)).clone()
+            self._refresh_parameters(layout, master_P)
+        shared, parameters = self._frozen | dict(self.module.named_buffers()), dict(self.module.named_parameters())
+        if set(shared) != set(extra["shared"]):
+            raise ValueError(f"{folder}: other buffers or frozen parameters: {sorted(set(shared) ^ set(extra['shared']))[:5]}")
+        for name, value in shared.items():
+            value.copy_(extra["shared"][name])
+        for name, value in self._frozen.items():
+            parameters[name].data.copy_(value)
+
+    def _refresh_parameters(self, layout: FlatGroup, master_P: Tensor) -> None:
+        """Collective: write the masters, rounded to the run's precision, into the parameters that the forward pass reads."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in layout.split(layout.gather(master_P)).items():
+            parameters[name].data.copy_(value)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module and free its buffers; the engine is of no use afterwards."""
+        self._engine.destroy()
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, with its Muon optimizer left uncompiled.
+
+    ZeRO imports Muon, which nothing here uses, on the first reduced gradient; its `torch.compile` decorators load torch's
+    whole compiler, more than a second of every rank's start.
+    """
+    import deepspeed
+    from deepspeed.runtime import compiler
+
+    decorator = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        compiler.compile = decorator
+    return deepspeed
+
+
+def _named_groups(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
+    """Parameter names of the optimizer's groups, after checking that they are all the trainable ones, once each."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    wrong = [f"{name} is {p.dtype}" for name, p in module.named_parameters() if p.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"the engine needs fp32 parameters (it casts them itself): {', '.join(wrong[:5])}")
+    groups = [tuple(names.get(id(p), f"<not of the module: {tuple(p.shape)}>") for p in g["params"]) for g in optimizer.param_groups]
+    given = Counter(name for group in groups for name in group)
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    missing, foreign = sorted(trainable - set(given)), sorted(set(given) - trainable)
+    twice = sorted(name for name, count in given.items() if count > 1)
+    if missing or foreign or twice or not all(groups):
+        raise ValueError(
+            f"the optimizer must hold every trainable parameter once and no empty group: missing {missing[:5]}, "
+            f"frozen or foreign {foreign[:5]}, more than once {twice[:5]}"
+        )
+    return groups
+
+
+def _fill_master(layout: FlatGroup, master_P: Tensor, originals: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Collective: give the fp32 masters the bits that DeepSpeed's cast took away, after checking that the layout is as assumed."""
+    full_F = layout.join(originals)
+    torch.distributed.broadcast(full_F, src=0)  # DeepSpeed did the same with the cast parameters
+    local_P = layout.local(full_F).to(master_P.device)
+    if not torch.equal(master_P.detach().to(dtype), local_P.to(dtype)):
+        raise RuntimeError("this release of DeepSpeed lays out ZeRO's flat buffers in an unknown way; use the tested deepspeed>=0.19.8,<0.20")
+    with torch.no_grad():
+        master_P.copy_(local_P)
+
+
+def _state_device(kind: str, master_P: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:
+    """torch keeps Adam's `step` on the CPU unless the optimizer is fused or capturable."""
+    group = optimizer.param_groups[0]
+    on_cpu = kind == "step" and not (group.get("fused") or group.get("capturable"))
+    return torch.device("cpu") if on_cpu else master_P.device

@@ -1,0 +1,164 @@
+"""The job: which rank this process is, its device, and the few collectives that code outside the engine needs.
+
+A process may come from the `deepspeed` launcher, from any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT (torchrun), or from no launcher at all: then the job has one rank. DeepSpeed is imported inside functions, so
+importing this file costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+
+logger = logging.getLogger("m2mkd_ds")
+
+Precision = Literal["fp32", "bf16"]
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets for every rank."""
+
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Number of tasks as srun and mpirun tell it; they set none of the variables above."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the job."""
+
+    rank: int
+    """0..size-1 over all hosts."""
+    size: int
+    local_rank: int
+    """0..local_size-1 on this host."""
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: writes logs, manifests and reports."""
+        return self.rank == 0
+
+
+def init_world(timeout_s: float = 600.0) -> World:
+    """Join the job and choose this rank's device; call once, before any engine is made.
+
+    `timeout_s` bounds every collective: when a rank dies, the others fail after it instead of waiting for ever.
+    Raises ValueError when srun or mpirun started several tasks but nothing told them their ranks.
+    """
+    # Must stand before DeepSpeed is imported: without an accelerator it would probe, and warn on every rank.
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    # Asked for by `--verbose` runs only: DeepSpeed says hundreds of lines at INFO.
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if logger.isEnabledFor(logging.DEBUG) else logging.WARNING)
+    # On CPU, DeepSpeed would compile its shared-memory op here (minutes; a killed build leaves a lock on which every later
+    # run waits without a word). gloo does the same collectives.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    os.environ.update(single_process_variables(os.environ))
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    accelerator = get_accelerator()
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+    return World(rank, size, local_rank, local_size, torch.device(accelerator.device_name(local_rank)))
+
+
+def single_process_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What `environ` lacks to be a job of one rank; nothing when a launcher set the variables.
+
+    Raises ValueError when some launcher variables are missing, or when the process is one of several tasks of srun or mpirun.
+    """
+    missing = [name for name in LAUNCHER_VARIABLES if name not in environ]
+    if not missing:
+        return {}
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        raise ValueError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start by `deepspeed` or torchrun")
+    for name in _TASK_COUNTS:
+        if int(environ.get(name) or 1) > 1:
+            raise ValueError(
+                f"{name} is {environ[name]}, so this is one task of several, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+                "MASTER_PORT are not set: export them for every task, or start by `deepspeed` with a hostfile"
+            )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def shutdown() -> None:
+    """Leave the job. Every rank calls it at the end, so that none is cut off in the middle of a collective."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _require_world() -> None:
+    if not torch.distributed.is_initialized():
+        raise RuntimeError("no job was joined: call init_world() first")
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    _require_world()
+    torch.distributed.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace `tensor` on every rank by its sum over the ranks, and return it. It must lie on the rank's device."""
+    _require_world()
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_object(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. For small plain data (counts, names, times)."""
+    _require_world()
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any, src: int = 0) -> Any:
+    """The `value` of rank `src`, on every rank. For small plain data."""
+    _require_world()
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=src)
+    return box[0]
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 in its own units (not by emulation)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile"))
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_bf16_supported())
+
+
+def resolve_precision(precision: str, device: torch.device) -> Precision:
+    """`auto` -> bf16 where `has_fast_bf16`, else fp32; `fp32` and `bf16` stay. Raises ValueError for anything else."""
+    if precision == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if precision == "fp32" or precision == "bf16":
+        return precision
+    raise ValueError(f"precision is {precision!r}; allowed are auto, fp32 and bf16")

@@ -1,0 +1,38 @@
+"""Routing statistics -> numbers for metrics.jsonl. Reading them waits for the GPU, so call it at log steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from m2mkd_ds.moe.routing import RoutingStats
+
+
+def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
+    """Statistics of one layer over several batches (or ranks): sums, token-weighted entropy, largest logit.
+
+    Raises ValueError for an empty sequence.
+    """
+    if not parts:
+        raise ValueError("merge_stats: no statistics to merge")
+    load_E = torch.stack([p.load_E for p in parts]).sum(dim=0)
+    importance_E = torch.stack([p.importance_E for p in parts]).sum(dim=0)
+    # The number of rows stands for the number of tokens: every token has the same K.
+    rows_P = torch.stack([p.load_E.sum() for p in parts]).float()
+    entropy = (torch.stack([p.entropy for p in parts]) * rows_P).sum() / rows_P.sum().clamp_min(1)
+    return RoutingStats(load_E, importance_E, entropy, torch.stack([p.max_logit for p in parts]).max())
+
+
+def summarise(stats: Mapping[int, RoutingStats]) -> dict[str, float | list[float]]:
+    """Metrics per block number: `moe/{block}/load` (share of rows an expert got, sums to 1), `entropy` (nats), `dead`
+    (experts that got no row) and `max_over_mean` (1 is balanced, E is collapsed)."""
+    metrics: dict[str, float | list[float]] = {}
+    for block, s in sorted(stats.items()):
+        counts = [int(n) for n in s.load_E.tolist()]
+        total = max(sum(counts), 1)
+        metrics[f"moe/{block}/load"] = [n / total for n in counts]
+        metrics[f"moe/{block}/entropy"] = float(s.entropy)
+        metrics[f"moe/{block}/dead"] = float(counts.count(0))
+        metrics[f"moe/{block}/max_over_mean"] = max(counts) * len(counts) / total
+    return metrics

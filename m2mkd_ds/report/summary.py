@@ -1,0 +1,104 @@
+"""What both pages say in words and small tables: the cards on top, the times, the configuration in a dozen lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from m2mkd_ds.logs import format_seconds
+from m2mkd_ds.report.collect import NodeFacts, RunFacts, is_number
+from m2mkd_ds.report.table import DASH, percent
+
+TIME_COLUMNS = ("node", "wall time", "steps", "images", "images / s", "finished")
+
+PHASE_TITLES = {
+    "pretrain_meta": "Meta model, trained on labels",
+    "modular_train": "Teacher modules, each trained inside the meta model",
+    "assemble_finetune": "Teacher, assembled and fine-tuned",
+    "m2mkd": "Student modules, each taught by its teacher module",
+    "end_to_end": "Student, assembled and trained end to end",
+    "baseline": "The same V-MoE from scratch",
+}
+
+
+def cards(facts: RunFacts) -> list[tuple[str, str]]:
+    """(value, name) of the few numbers that everyone looks for first; those that are not known are left out."""
+    models = facts.results.get("models")
+    models = models if isinstance(models, dict) else {}
+    found = []
+    for name, text in (("student", "student, final: top-1"), ("baseline", "from scratch: top-1"), ("teacher", "teacher: top-1")):
+        scores = models.get(name)
+        if isinstance(scores, dict) and is_number(scores.get("top1")):
+            found.append((f"{percent(scores['top1'])} %", text))
+    student = models.get("student")
+    if isinstance(student, dict) and is_number(student.get("agreement_with_teacher")):
+        found.append((f"{percent(student['agreement_with_teacher'], 1)} %", "student agrees with teacher"))
+    total = total_seconds(facts.nodes)
+    if total is not None:
+        found.append((format_seconds(total), "wall time of all finished nodes"))
+    return found
+
+
+def total_seconds(nodes: Sequence[NodeFacts]) -> float | None:
+    """Sum of the recorded wall times, None when none is recorded."""
+    times = [node.wall_s for node in nodes if node.wall_s is not None]
+    return sum(times) if times else None
+
+
+def time_rows(nodes: Sequence[NodeFacts]) -> list[tuple[str, ...]]:
+    """Cells of the table of times, in the order of TIME_COLUMNS, with a closing sum."""
+    rows: list[tuple[str, ...]] = [
+        (
+            node.name,
+            DASH if node.wall_s is None else _duration(node.wall_s),
+            DASH if node.steps is None else f"{node.steps:,}",
+            DASH if node.images is None else f"{node.images:,}",
+            DASH if node.images_per_second is None else f"{node.images_per_second:,.0f}",
+            _moment(node.finished),
+        )
+        for node in nodes
+    ]
+    total = total_seconds(nodes)
+    return rows if total is None else [*rows, ("all", format_seconds(total), "", "", "", "")]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else format_seconds(seconds)
+
+
+def _moment(iso: str | None) -> str:
+    """`2026-01-02T03:04:05+00:00` -> `2026-01-02 03:04 UTC`; text that is no time stays as it is."""
+    try:
+        return datetime.fromisoformat(iso).astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if iso else DASH
+    except ValueError:
+        return str(iso)
+
+
+def config_rows(facts: RunFacts) -> list[tuple[str, str]]:
+    """(what, value) lines that describe the run; empty when its configuration could not be read."""
+    config = facts.config
+    if config is None:
+        return []
+    moe, router, distill = config.student.moe, config.student.moe.router, config.distill
+    blocks = {"all": "every block", "every": f"every {moe.placement_n}. block", "last": f"the last {moe.placement_n} blocks"}
+    return [
+        ("recipe", config.name),
+        ("data", f"{config.data.source or config.data.train}, {config.data.num_classes} classes, {config.data.image_size} px"),
+        ("teacher", f"{config.teacher.arch}, stages of {list(config.teacher.depths)} blocks, {config.teacher.source}"),
+        ("meta model", f"stages of {list(config.meta.depths)} blocks, the teacher's width"),
+        ("student", f"width {config.student.embed_dim}, {config.student.num_heads} heads, patch {config.student.patch_size}, "
+                    f"stages of {list(config.student.depths)} blocks"),
+        ("experts", f"{moe.num_experts} in {blocks[moe.placement]}, top-{router.top_k}, softmax {router.softmax} top-k, "
+                    f"backend {moe.backend}"),
+        ("router losses", f"Switch {router.switch_weight:g}, importance {router.importance_weight:g}, z {router.z_weight:g}"),
+        ("distillation", f"{distill.kd_type}, weight {distill.kd_weight:g}, temperature {distill.temperature:g}, {distill.kd_reduction}"),
+        ("stitch layers", "kept after assembly" if config.student.keep_stitches else "dropped at assembly"),
+        ("seed", str(config.seed)),
+    ]  # fmt: skip
+
+
+def caption_of_load() -> str:
+    """How to read the heat map."""
+    return (
+        "Rows sent to each expert on the validation images, as a multiple of the even share: 1 is balance, 0 is an expert that nobody uses."
+    )

@@ -1,0 +1,106 @@
+"""What every phase of a run needs to know: config, ranks, data, precision, the three architectures and where weights lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from m2mkd_ds.checkpoint.store import read_weights
+from m2mkd_ds.config import ConfigError, RunConfig
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.loader import check_data
+from m2mkd_ds.distill.hybrid import FrozenMeta
+from m2mkd_ds.distill.pairs import TeachingPair, stage_spans, teaching_pairs
+from m2mkd_ds.distributed.world import World, resolve_precision
+from m2mkd_ds.models.vit import VitArch, load_stage, num_blocks, stage_names, width
+from m2mkd_ds.models.vmoe import VMoEArch, arch_from_config
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Built once a process by `open_run`; read-only after that."""
+
+    config: RunConfig
+    root: Path
+    world: World
+    train_index: ShardIndex
+    val_index: ShardIndex
+    teacher_arch: VitArch
+    meta_arch: VitArch
+    student_arch: VMoEArch
+    pairs: tuple[TeachingPair, ...]
+
+    @property
+    def teacher_width(self) -> int:
+        """Width of teacher and meta model: the width that stitch layers translate to and from."""
+        return width(self.teacher_arch)
+
+    @property
+    def data_fingerprints(self) -> dict[str, str]:
+        """Content hashes of the shards, part of every node's fingerprint."""
+        return {"train": self.train_index.fingerprint, "validation": self.val_index.fingerprint}
+
+    def precision(self, wanted: str) -> str:
+        """`fp32` or `bf16` on this hardware."""
+        return resolve_precision(wanted, self.world.device)
+
+    def dtype(self, wanted: str) -> torch.dtype:
+        """The torch dtype of `precision`."""
+        return torch.bfloat16 if self.precision(wanted) == "bf16" else torch.float32
+
+    def place(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Move a frozen module to this rank's device and dtype."""
+        return module.to(self.world.device, dtype)
+
+
+def open_run(config: RunConfig, world: World) -> RunContext:
+    """Check data and models against each other and return the context. Raises ConfigError before any compute is spent."""
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty: give the run folder with --run-dir")
+    train_index, val_index = check_data(config.data)
+    teacher_arch, meta_arch = check_models(config)
+    pairs = teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths)
+    return RunContext(
+        config, Path(config.run_dir), world, train_index, val_index, teacher_arch, meta_arch, arch_from_config(config), pairs
+    )
+
+
+def check_models(config: RunConfig) -> tuple[VitArch, VitArch]:
+    """The teacher's and the meta model's architecture, checked against the config."""
+    teacher_arch, meta_arch = VitArch.from_teacher(config), VitArch.from_meta(config)
+    blocks, asked = num_blocks(teacher_arch), sum(config.teacher.depths)
+    if blocks != asked:
+        raise ConfigError(
+            f"teacher.depths {list(config.teacher.depths)} sums to {asked} blocks and {config.teacher.arch} has {blocks}: "
+            f"change teacher.depths or teacher.arch_args.depth"
+        )
+    if width(teacher_arch) != width(meta_arch):
+        raise ConfigError(f"teacher is {width(teacher_arch)} wide and the meta model {width(meta_arch)}: they must be equal")
+    return teacher_arch, meta_arch
+
+
+def load_meta(ctx: RunContext, stages: set[int], dtype: torch.dtype) -> FrozenMeta:
+    """Read just the wanted stages of RUN/pretrain_meta/weights.safetensors and freeze them."""
+    spans = stage_spans(ctx.config.meta.depths)
+    file = ctx.root / "pretrain_meta" / "weights.safetensors"
+    loaded = {}
+    for i in sorted(stages):
+        tensors = read_weights(file, stage_names(ctx.meta_arch, spans[i]))
+        loaded[i] = ctx.place(load_stage(ctx.meta_arch, spans[i], tensors), dtype)
+    return FrozenMeta(loaded)
+
+
+def load_teacher_module(ctx: RunContext, index: int, dtype: torch.dtype) -> nn.Module:
+    """Teacher module T_index from RUN/split, on this rank's device."""
+    tensors = read_weights(ctx.root / "split" / f"module_{index}.safetensors")
+    return ctx.place(load_stage(ctx.teacher_arch, ctx.pairs[index].teacher, tensors), dtype)
+
+
+def load_teacher_stages(ctx: RunContext, dtype: torch.dtype) -> list[nn.Module]:
+    """All teacher modules in running order: together, the whole teacher."""
+    return [load_teacher_module(ctx, pair.index, dtype) for pair in ctx.pairs]
+
+

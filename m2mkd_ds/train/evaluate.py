@@ -1,0 +1,144 @@
+"""Exact evaluation: every validation image once on any number of ranks, proved by count and checksum in the run itself.
+
+Ranks take samples rank, rank + world, ...: their batches may differ in number and size, which is safe because no
+collective runs before the end. Shape letters: B images, V classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2mkd_ds.data.loader import EvalLoader
+from m2mkd_ds.distributed.world import World, all_reduce_sum, gather_object
+from m2mkd_ds.logs import progress
+from m2mkd_ds.moe.routing import RoutingStats
+
+Z_95 = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson 1927): right near 0 and 1, unlike the normal approximation."""
+    if total == 0:
+        raise ValueError("no images: an accuracy of nothing has no confidence interval")
+    p, z2 = correct / total, Z_95**2
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z_95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_interval(only_first: int, only_second: int, total: int) -> tuple[float, float]:
+    """95 % interval of acc_first - acc_second on the same images, from the images that only one of them gets right."""
+    difference = (only_first - only_second) / total
+    variance = ((only_first + only_second) / total - difference**2) / total
+    half = Z_95 * math.sqrt(max(variance, 0.0))
+    return difference - half, difference + half
+
+
+@dataclass
+class Score:
+    """What one model did on the whole validation set (after `reduce`, the same on every rank)."""
+
+    images: int
+    top1_correct: int
+    top5_correct: int
+    loss_sum: float
+    predictions_N: Tensor
+    """argmax class by sample id, int64."""
+    hits_N: Tensor
+    """Whether that class is right, by sample id; int64 0 or 1."""
+    expert_load: dict[int, Tensor] = field(default_factory=dict)
+    """Rows routed to each expert by block, int64 [E]; empty for dense models."""
+    entropy_sum: dict[int, float] = field(default_factory=dict)
+    """Sum over images of the routing entropy by block, nats."""
+
+    @property
+    def top1(self) -> float:
+        return self.top1_correct / self.images
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for results.json and metrics.jsonl."""
+        return {
+            "top1": self.top1,
+            "top1_ci": list(wilson_interval(self.top1_correct, self.images)),
+            "top5": self.top5_correct / self.images,
+            "top5_ci": list(wilson_interval(self.top5_correct, self.images)),
+            "loss": self.loss_sum / self.images,
+            "images": self.images,
+        }
+
+
+Output = tuple[Tensor, Mapping[int, RoutingStats]]
+"""Logits [B, V] and the routing statistics by block (empty for dense models)."""
+
+
+@torch.no_grad()
+def evaluate(
+    prepare: Callable[[Tensor], Any],
+    models: Mapping[str, Callable[[Any], Output]],
+    loader: EvalLoader,
+    world: World,
+    *,
+    num_images: int,
+    dtype: torch.dtype,
+    what: str = "evaluate",
+) -> dict[str, Score]:
+    """Score all `models` in one pass over the data.
+
+    `prepare(images)` runs once a batch (for example the meta prefix chain); each model gets its result. Raises
+    RuntimeError unless exactly the samples 0..num_images-1 were seen, once each, over all ranks.
+    """
+    scores = {name: Score(0, 0, 0, 0.0, *torch.zeros(2, num_images, dtype=torch.int64)) for name in models}
+    seen_N = torch.zeros(num_images, dtype=torch.int64)
+    for batch in progress(loader, total=len(loader), what=what, enabled=world.rank == 0):
+        prepared = prepare(batch.images_BCHW.to(world.device, dtype))
+        labels_B = batch.labels_B.to(world.device)
+        for name, forward in models.items():
+            _add_batch(scores[name], *forward(prepared), labels_B, batch.slot_ids_B)
+        seen_N[batch.slot_ids_B] += 1
+    seen_N = _total(seen_N, world)
+    if not bool((seen_N == 1).all()):
+        wrong = (seen_N != 1).nonzero().flatten()[:5].tolist()
+        raise RuntimeError(f"evaluation saw {int(seen_N.sum())} images of {num_images}; samples not seen exactly once: {wrong} ...")
+    return {name: _reduce(score, world) for name, score in scores.items()}
+
+
+def _add_batch(score: Score, logits_BV: Tensor, stats: Mapping[int, RoutingStats], labels_B: Tensor, ids_B: Tensor) -> None:
+    logits_BV = logits_BV.float()
+    top5_B5 = logits_BV.topk(min(5, logits_BV.shape[1]), dim=1).indices
+    hit_B5 = top5_B5 == labels_B[:, None]
+    score.images += labels_B.numel()
+    score.top1_correct += int(hit_B5[:, 0].sum())
+    score.top5_correct += int(hit_B5.any(dim=1).sum())
+    score.loss_sum += float(F.cross_entropy(logits_BV, labels_B, reduction="sum"))
+    score.predictions_N[ids_B] = top5_B5[:, 0].cpu()
+    score.hits_N[ids_B] = hit_B5[:, 0].long().cpu()
+    for block, layer in stats.items():
+        score.expert_load[block] = score.expert_load.get(block, 0) + layer.load_E.cpu()
+        score.entropy_sum[block] = score.entropy_sum.get(block, 0.0) + float(layer.entropy) * labels_B.numel()
+
+
+def _total(tensor: Tensor, world: World) -> Tensor:
+    """Sum over ranks, by way of the rank's device (NCCL knows no CPU tensors)."""
+    return all_reduce_sum(tensor.to(world.device)).cpu()
+
+
+def _reduce(score: Score, world: World) -> Score:
+    """Add up the ranks' shares."""
+    images, top1, top5 = _total(torch.tensor([score.images, score.top1_correct, score.top5_correct]), world).tolist()
+    loss = float(_total(torch.tensor(score.loss_sum, dtype=torch.float64), world))
+    # A rank without a batch has no statistics: the layers' names and sizes are agreed on first.
+    layers = {block: num for rank in gather_object({b: t.numel() for b, t in score.expert_load.items()}) for block, num in rank.items()}
+    load, entropy = {}, {}
+    for block, num_experts in sorted(layers.items()):
+        load[block] = _total(score.expert_load.get(block, torch.zeros(num_experts, dtype=torch.int64)), world)
+        entropy[block] = float(_total(torch.tensor(score.entropy_sum.get(block, 0.0), dtype=torch.float64), world))
+    predictions_N, hits_N = _total(score.predictions_N, world), _total(score.hits_N, world)
+    return Score(images, top1, top5, loss, predictions_N, hits_N, load, entropy)

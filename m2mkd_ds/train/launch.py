@@ -1,0 +1,74 @@
+"""The `deepspeed` command of a phase, and running it: one config path travels, nothing else.
+
+Over pdsh the launcher does not quote arguments, so only a path and plain words may be on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from m2mkd_ds.config import ConfigError, LaunchConfig
+
+SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,@+")
+
+
+def launch_command(launch: LaunchConfig, verb: list[str]) -> list[str]:
+    """`deepspeed [flags] --module m2mkd_ds VERB...` as a list of words. Raises ConfigError for a word that a shell would change."""
+    flags = ["--num_gpus", str(launch.num_gpus)] if launch.num_gpus else []
+    if launch.hostfile:
+        flags += ["--hostfile", launch.hostfile]
+    # --quiet: the launcher's own dozen lines a start say nothing that the trainer's log does not.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *flags, *launch.extra, "--module", "m2mkd_ds", *verb]
+    for word in command:
+        if not set(word) <= SAFE:
+            raise ConfigError(f"launcher argument {word!r} has a character that a remote shell would change; rename the folder or file")
+    return command
+
+
+def spell(command: list[str]) -> str:
+    """The command as a person would type it."""
+    words = ["deepspeed", *command[3:]] if command[1:3] == ["-m", "deepspeed.launcher.runner"] else command
+    return shlex.join(words)
+
+
+def launch_environment(launch: LaunchConfig, base: Mapping[str, str]) -> dict[str, str]:
+    """The ranks' environment: thread count, and the CPU accelerator named so that nothing is probed."""
+    environment = dict(base)
+    environment.setdefault("OMP_NUM_THREADS", str(launch.threads_per_rank))
+    package_root = str(Path(__file__).resolve().parents[2])
+    kernels = str(Path(package_root) / "kernels")
+    # A checkout that was not installed must be found by the ranks as it was found here.
+    known = environment.get("PYTHONPATH", "").split(os.pathsep)
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([p for p in (package_root, kernels, *known) if p]))
+    return environment
+
+
+def run_launched(launch: LaunchConfig, verb: list[str]) -> None:
+    """Run the command to its end. Raises RuntimeError when it fails; an interrupt reaches every rank.
+
+    The launcher runs in its own process group, because it leaves its ranks running when it alone is killed.
+    """
+    import torch
+
+    environment = launch_environment(launch, os.environ)
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    command = launch_command(launch, verb)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if code != 0:
+        raise RuntimeError(f"{spell(command)} failed with exit code {code}; its message is above")

@@ -1,0 +1,195 @@
+"""The nodes of a run: what each reads, what it writes, and whether its output is still valid.
+
+A node is *complete* when RUN/<node>/done.json was written (last, atomically), its files are there, and its fingerprint
+is unchanged. The fingerprint covers the config fields that can change the result, the content of the data, and the
+sha256 of every input file; where the run folder lies and how many ranks ran it are not part of it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from m2mkd_ds import __version__
+from m2mkd_ds.checkpoint.store import file_sha256, write_json_atomic
+from m2mkd_ds.config import ConfigError, RunConfig, to_dict
+
+TEACHER_FIELDS = ("teacher.arch", "teacher.arch_args", "teacher.depths", "teacher.source", "teacher.weights")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of the DAG."""
+
+    name: str
+    inputs: tuple[str, ...]
+    """Nodes whose output files this one reads."""
+    fields: tuple[str, ...]
+    """Dotted config fields (or whole branches) that its result depends on."""
+    launched: bool = False
+    """Runs under the `deepspeed` launcher on all ranks (else in the pipeline's own process)."""
+    per_pair: bool = False
+    """Consists of N independent parts RUN/<node>/pair_<i>."""
+    reads_data: bool = True
+    """Whether the content of the shards is part of the fingerprint."""
+
+
+def build_dag(config: RunConfig) -> tuple[Node, ...]:
+    """The nodes of this run in running order (Deep Incubation, or a pretrained teacher that is only split)."""
+    common = ("seed", "data", *TEACHER_FIELDS)
+    incubate = config.teacher.source == "incubate"
+    teacher_nodes = (
+        (
+            Node("pretrain_meta", (), (*common, "meta", "pretrain_meta"), launched=True),
+            Node("modular_train", ("pretrain_meta",), (*common, "meta", "modular_train"), launched=True, per_pair=True),
+            Node("assemble_finetune", ("modular_train",), (*common, "assemble_finetune"), launched=True),
+            Node("split", ("assemble_finetune",), TEACHER_FIELDS, reads_data=False),
+        )
+        if incubate
+        else (
+            Node("split", (), (*TEACHER_FIELDS, "data.num_classes", "data.image_size"), reads_data=False),
+            Node("pretrain_meta", ("split",), (*common, "meta", "pretrain_meta"), launched=True),
+        )
+    )
+    student_fields = ("seed", "data", "student")
+    baseline = (Node("baseline", (), (*student_fields, "m2mkd", "end_to_end"), launched=True),) if config.baseline else ()
+    evaluated = ("pretrain_meta", "split", "m2mkd", "assemble", "end_to_end", *(n.name for n in baseline))
+    return (
+        *teacher_nodes,
+        Node("m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd"), launched=True, per_pair=True),
+        Node("assemble", ("m2mkd",), ("student", "teacher.depths"), reads_data=False),
+        Node("end_to_end", ("assemble",), (*student_fields, "end_to_end"), launched=True),
+        *baseline,
+        Node("evaluate", evaluated, ("data", "student", "meta", *TEACHER_FIELDS), launched=True),
+        Node("export", ("end_to_end", "evaluate"), ("export", "data", "student"), reads_data=False),
+        Node("report", evaluated + ("evaluate", "export"), ("name",), reads_data=False),
+    )
+
+
+def find_node(config: RunConfig, name: str) -> Node:
+    """The node called `name`; raises ConfigError listing the nodes of this run."""
+    nodes = {node.name: node for node in build_dag(config)}
+    if name not in nodes:
+        raise ConfigError(f"no node {name!r} in this run; allowed are {', '.join(nodes)}")
+    return nodes[name]
+
+
+def relevant_config(config: RunConfig, node: Node) -> dict[str, Any]:
+    """The part of the config that the node's result depends on, as {dotted field: value}."""
+    tree = to_dict(config)
+    picked = {}
+    for path in node.fields:
+        value: Any = tree
+        for part in path.split("."):
+            value = value[part]
+        picked.update(_flatten(path, value))
+    # Where the shards lie, how they were made and how many workers read them do not change a pixel.
+    for path in ("data.train", "data.validation", "data.source", "data.num_workers"):
+        picked.pop(path, None)
+    for path in [p for p in picked if p.endswith((".log_steps", ".checkpoint_steps", ".eval_epochs"))]:
+        picked.pop(path)
+    return picked
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {path: leaf for key, sub in value.items() for path, leaf in _flatten(f"{prefix}.{key}", sub).items()}
+
+
+def fingerprint(config: RunConfig, node: Node, root: Path, data_fingerprints: Mapping[str, str]) -> str:
+    """sha256 of everything that determines the node's result. Raises ConfigError when an input is not complete."""
+    material = {
+        "node": node.name,
+        "config": relevant_config(config, node),
+        "data": dict(data_fingerprints) if node.reads_data else {},
+        "inputs": {name: output_hashes(root, name) for name in node.inputs},
+    }
+    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
+
+
+def output_hashes(root: Path, name: str) -> dict[str, str]:
+    """{relative file: sha256} that the finished node `name` recorded."""
+    done = read_done(root / name)
+    if done is None:
+        raise ConfigError(f"{root / name} holds no finished output; run it first: m2mkd pipeline --run-dir {root} --until {name}")
+    return {path: entry["sha256"] for path, entry in done["files"].items()}
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """The done record of a finished node (or pair), else None."""
+    file = folder / "done.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def missing_files(folder: Path, done: Mapping[str, Any]) -> list[str]:
+    """Files of the record that are absent or of another size."""
+    return [
+        path for path, entry in done["files"].items()
+        if not (folder / path).is_file() or (folder / path).stat().st_size != entry["bytes"]
+    ]  # fmt: skip
+
+
+def write_done(folder: Path, node: Node, config: RunConfig, print_: str, files: list[Path], **facts: Any) -> None:
+    """Write done.json, the last act of a node. `print_` is its fingerprint; `facts` such as wall_s, steps, images are kept."""
+    record = {
+        "node": node.name,
+        "fingerprint": print_,
+        "config": relevant_config(config, node),
+        "inputs": list(node.inputs),
+        "files": {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(files)},
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **facts,
+    }
+    write_json_atomic(folder / "done.json", record)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what determines the numbers."""
+    packages = ("torch", "timm", "deepspeed", "webdataset", "transformers", "pillow", "numpy")
+    return {"m2mkd_ds": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """Whether a node must run, and why; `partial` tells that a checkpoint is there to go on from."""
+
+    complete: bool
+    reason: str
+
+
+def node_state(config: RunConfig, node: Node, root: Path, data_fingerprints: Mapping[str, str], rerun: set[str]) -> NodeState:
+    """Judge one node; `rerun` holds the names of earlier nodes that will run first."""
+    folder = root / node.name
+    waiting = [name for name in node.inputs if name in rerun]
+    done = read_done(folder)
+    if done is None:
+        started = any(folder.glob("**/checkpoints/step-*"))
+        return NodeState(False, "goes on from its checkpoint" if started else "not done yet")
+    if waiting:
+        return NodeState(False, f"its input {waiting[0]} runs first")
+    changed = describe_change(done["config"], relevant_config(config, node))
+    if changed:
+        return NodeState(False, changed)
+    gone = missing_files(folder, done)
+    if gone:
+        return NodeState(False, f"{node.name}/{gone[0]} is missing or has another size")
+    if done["fingerprint"] != fingerprint(config, node, root, data_fingerprints):
+        return NodeState(False, "its inputs or the data changed")
+    return NodeState(True, f"complete since {done['finished']}, inputs unchanged")
+
+
+def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`m2mkd.lr: 0.001 -> 0.002`, or an empty string."""
+    for path in sorted(set(before) | set(now)):
+        if before.get(path) != now.get(path):
+            return f"{path} changed: {before.get(path)} -> {now.get(path)}"
+    return ""

@@ -1,0 +1,73 @@
+"""The end of a phase: weights with their lineage first, done.json last."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from m2mkd_ds import __version__
+from m2mkd_ds.checkpoint.store import save_weights
+from m2mkd_ds.distributed.world import barrier
+from m2mkd_ds.train.context import RunContext
+from m2mkd_ds.train.loop import Trainee
+from m2mkd_ds.train.nodes import Node, missing_files, output_hashes, read_done, write_done
+from m2mkd_ds.train.phases.jobs import result_weights
+
+
+def finish_trainee(ctx: RunContext, node: Node, trainee: Trainee, facts: dict[str, Any]) -> None:
+    """Write the result of a trainee, weights first and done.json last. All ranks call it (fp32 masters are gathered)."""
+    tensors = result_weights(trainee)
+    if ctx.world.rank == 0:
+        weights = trainee.folder / "weights.safetensors"
+        save_weights(weights, tensors, lineage(ctx, node, trainee.pair if node.per_pair else None))
+        write_done(trainee.folder, node, ctx.config, trainee.fingerprint, [weights], **facts)
+    barrier()
+
+
+def finish_node(ctx: RunContext, node: Node, print_: str, started: float, facts: dict[str, Any]) -> None:
+    """For a node of N pairs: write its own done.json once all pairs are done for this fingerprint."""
+    folder = ctx.root / node.name
+    files = [folder / f"pair_{pair.index}" / "weights.safetensors" for pair in ctx.pairs]
+    if ctx.world.rank == 0 and not unfinished_pairs(ctx, node, print_):
+        write_done(folder, node, ctx.config, print_, files, wall_s=time.time() - started, **facts)
+    barrier()
+
+
+def unfinished_pairs(ctx: RunContext, node: Node, print_: str) -> list[int]:
+    """Pairs of the node whose result for this fingerprint is not there yet."""
+    left = []
+    for pair in ctx.pairs:
+        folder = ctx.root / node.name / f"pair_{pair.index}"
+        done = read_done(folder)
+        if done is None or done["fingerprint"] != print_ or missing_files(folder, done):
+            left.append(pair.index)
+    return left
+
+
+def lineage(ctx: RunContext, node: Node, pair: int | None) -> dict[str, str]:
+    """Metadata of a weights file: what made it, from what."""
+    inputs = {f"input.{name}/{file}": sha for name in node.inputs for file, sha in output_hashes(ctx.root, name).items()}
+    return {
+        "recipe": ctx.config.name,
+        "phase": node.name,
+        **({"pair": str(pair)} if pair is not None else {}),
+        "seed": str(ctx.config.seed),
+        "m2mkd_ds": __version__,
+        "commit": source_commit(),
+        "train_data": ctx.train_index.fingerprint,
+        **inputs,
+    }
+
+
+def source_commit() -> str:
+    """The git commit of the package's checkout, `-dirty` when changed; `unknown` outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run.stdout.strip()

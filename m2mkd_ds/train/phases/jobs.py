@@ -1,0 +1,206 @@
+"""From modules to a Job for the loop: engines, data feed, evaluation; one function for whole models, one for teaching pairs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from m2mkd_ds.checkpoint.mapping import load_exact
+from m2mkd_ds.config import DistillConfig, PhaseConfig
+from m2mkd_ds.data.loader import EvalLoader, TrainLoader
+from m2mkd_ds.distill.hybrid import FrozenMeta
+from m2mkd_ds.distill.pairs import TeachingPair
+from m2mkd_ds.distributed.ds_config import resolve_ds_config
+from m2mkd_ds.distributed.engine import DeepSpeedEngine, Engine
+from m2mkd_ds.teacher.colocated import ColocatedFeed
+from m2mkd_ds.teacher.feed import TeacherBatch
+from m2mkd_ds.train.context import RunContext
+from m2mkd_ds.train.evaluate import Output, Score, evaluate
+from m2mkd_ds.train.loop import Job, Trainee
+from m2mkd_ds.train.nodes import find_node, fingerprint
+from m2mkd_ds.train.optim import build_adamw
+from m2mkd_ds.train.schedule import num_steps
+from m2mkd_ds.train.steps import StepOutput, pair_step, unpack
+
+StepFunction = Callable[[Engine, TeacherBatch, bool], StepOutput]
+"""(engine, batch, log) -> loss and metrics."""
+
+
+def make_trainee(
+    ctx: RunContext, phase: PhaseConfig, module: nn.Module, step: StepFunction, *, name: str, pair: int, folder: Path, print_: str
+) -> Trainee:
+    """Optimizer, DeepSpeed engine and (if asked for) the moving average around `module`."""
+    precision = ctx.precision(phase.precision)
+    settings = resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=precision)
+    module.to(ctx.world.device).train()
+    average = copy.deepcopy(module).eval() if phase.ema_decay else None
+    engine = DeepSpeedEngine(module, build_adamw(module, phase), settings, ctx.world, ema_decay=phase.ema_decay)
+    return Trainee(
+        name=name, pair=pair, folder=folder, engine=engine, fingerprint=print_, average=average,
+        step_fn=lambda batch, log: step(engine, batch, log),
+    )  # fmt: skip
+
+
+def feed_factory(
+    ctx: RunContext,
+    phase: PhaseConfig,
+    *,
+    total_steps: int,
+    pairs: tuple[TeachingPair, ...],
+    meta: FrozenMeta,
+    teachers: Mapping[int, nn.Module],
+) -> Callable[[int], ColocatedFeed]:
+    """start step -> colocated feed that decodes once and runs prefix and teachers for `pairs`."""
+
+    def make(start_step: int) -> ColocatedFeed:
+        loader = TrainLoader(
+            ctx.train_index,
+            ctx.config.data,
+            seed=ctx.config.seed,
+            micro_batch_size=phase.micro_batch_size,
+            accumulation=phase.gradient_accumulation_steps,
+            rank=ctx.world.rank,
+            world=ctx.world.size,
+            start_step=start_step,
+            total_steps=total_steps,
+        )
+        return ColocatedFeed(loader, pairs, meta, teachers, device=ctx.world.device, dtype=ctx.dtype(phase.precision))
+
+    return make
+
+
+def run_evaluation(
+    ctx: RunContext, prepare: Callable[[torch.Tensor], Any], models: Mapping[str, Callable[[Any], Output]], dtype: torch.dtype
+) -> dict[str, Score]:
+    """Score models on the run's validation shards."""
+    loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size)
+    return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype)
+
+
+def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
+    """Adapt a stage or V-MoE module to what `evaluate` calls: (logits, routing statistics)."""
+
+    def call(x: Any) -> Output:
+        logits, _, stats = unpack(forward(x))
+        return logits, stats
+
+    return call
+
+
+def eval_module(trainee: Trainee) -> nn.Module:
+    """The weights that count, in evaluation mode: the moving average if there is one. Collective."""
+    if trainee.average is None:
+        return trainee.engine.module.eval()
+    load_exact(trainee.average, result_weights(trainee))
+    return trainee.average
+
+
+def result_weights(trainee: Trainee) -> dict[str, torch.Tensor]:
+    """fp32 weights that the phase will hand on. Collective."""
+    return trainee.engine.full_state_dict(ema=trainee.average is not None)
+
+
+def evaluate_trainees(
+    ctx: RunContext,
+    trainees: list[Trainee],
+    prepare: Callable[[torch.Tensor], Any],
+    logits_of: Callable[[Trainee, nn.Module, Any], Output],
+    dtype: torch.dtype,
+) -> dict[str, Score]:
+    """Evaluate all trainees in one pass, then put their modules back into training mode."""
+    modules = {t.name: (t, eval_module(t)) for t in trainees}
+    models = {name: (lambda x, t=t, m=m: logits_of(t, m, x)) for name, (t, m) in modules.items()}
+    scores = run_evaluation(ctx, prepare, models, dtype)
+    for trainee in trainees:
+        trainee.engine.module.train()
+    return scores
+
+
+def whole_model_job(
+    ctx: RunContext, name: str, phase: PhaseConfig, module: nn.Module, step: StepFunction, *, total_steps: int | None = None
+) -> Job:
+    """A phase that trains one whole model on images. `total_steps` overrides what the phase's epochs make."""
+    node = find_node(ctx.config, name)
+    print_ = fingerprint(ctx.config, node, ctx.root, ctx.data_fingerprints)
+    trainee = make_trainee(ctx, phase, module, step, name=name, pair=0, folder=ctx.root / name, print_=print_)
+    steps = total_steps or phase_steps(ctx, phase)
+    first = (ctx.pairs[0],)  # pair 0's input is the image, and no meta stage runs before it
+    return Job(
+        phase_name=name,
+        phase=phase,
+        world=ctx.world,
+        seed=ctx.config.seed,
+        total_steps=steps,
+        num_images=ctx.train_index.num_samples,
+        trainees=[trainee],
+        make_feed=feed_factory(ctx, phase, total_steps=steps, pairs=first, meta=FrozenMeta({}), teachers={}),
+        evaluate=lambda trainees: evaluate_trainees(
+            ctx, trainees, lambda images: images, lambda _, m, x: scored(m)(x), ctx.dtype(phase.precision)
+        ),
+        with_teacher=False,
+        tensorboard=ctx.config.tensorboard,
+    )
+
+
+def pair_job(
+    ctx: RunContext,
+    name: str,
+    phase: PhaseConfig,
+    modules: Mapping[int, nn.Module],
+    meta: FrozenMeta,
+    *,
+    teachers: Mapping[int, nn.Module],
+    loss: DistillConfig,
+) -> Job:
+    """A phase that trains one module a pair between frozen meta stages; `teachers` may be empty when kd_weight is 0."""
+    node = find_node(ctx.config, name)
+    print_ = fingerprint(ctx.config, node, ctx.root, ctx.data_fingerprints)
+    pairs = {index: ctx.pairs[index] for index in modules}
+
+    def step(engine: Engine, batch: TeacherBatch, log: bool, pair: TeachingPair) -> StepOutput:
+        return pair_step(engine, pair, meta, batch, loss, log=log)
+
+    trainees = [
+        make_trainee(
+            ctx, phase, modules[i], lambda e, b, log, pair=pair: step(e, b, log, pair),
+            name=f"{name} pair {i}", pair=i, folder=ctx.root / name / f"pair_{i}", print_=print_,
+        )
+        for i, pair in pairs.items()
+    ]  # fmt: skip
+
+    def logits_of(trainee: Trainee, module: nn.Module, hidden: dict[int, torch.Tensor]) -> Output:
+        output, _, stats = unpack(module(hidden[trainee.pair]))
+        return meta.suffix(pairs[trainee.pair], output), stats
+
+    steps, chosen = phase_steps(ctx, phase), tuple(pairs.values())
+    return Job(
+        phase_name=name,
+        phase=phase,
+        world=ctx.world,
+        seed=ctx.config.seed,
+        total_steps=steps,
+        num_images=ctx.train_index.num_samples,
+        trainees=trainees,
+        make_feed=feed_factory(ctx, phase, total_steps=steps, pairs=chosen, meta=meta, teachers=teachers),
+        evaluate=lambda active: evaluate_trainees(
+            ctx, active, lambda images: meta.hidden_states(images, [pairs[t.pair] for t in active]), logits_of,
+            ctx.dtype(phase.precision),
+        ),
+        with_teacher=loss.kd_weight > 0,
+        tensorboard=ctx.config.tensorboard,
+    )  # fmt: skip
+
+
+def phase_steps(ctx: RunContext, phase: PhaseConfig) -> int:
+    """Optimizer steps of a phase at this launch's global batch."""
+    return num_steps(phase, ctx.train_index.num_samples, global_batch(ctx, phase))
+
+
+def global_batch(ctx: RunContext, phase: PhaseConfig) -> int:
+    """Images an optimizer step."""
+    return phase.micro_batch_size * phase.gradient_accumulation_steps * ctx.world.size

@@ -1,0 +1,82 @@
+"""Metadata of the distribution `m2mkd_ds`: names, versions, requirements, files. Tools are configured in pyproject.toml.
+
+Two source roots: `m2mkd_ds/` here and `m2mkd_kernels/` under `kernels/` (the bare name `kernels` is another project's
+package). `ds_configs/` is a top-level folder for people to read; a wheel carries it as `m2mkd_ds/_ds_configs/`.
+"""
+
+from setuptools import find_packages, setup
+
+# Read by scripts/requirements.py without running this file: keep both lists literal.
+INSTALL_REQUIRES = [
+    "torch>=2.11",
+    "torchvision>=0.26",  # the release that belongs to torch 2.11; a mismatched pair fails at import
+    "timm>=1.0.20",
+    "deepspeed>=0.19.8,<0.20",  # 0.19 removed and renamed features between patch releases; each new minor is to be tried
+    "webdataset>=1.0",
+    "transformers>=5.0",
+    "huggingface_hub>=1.3",
+    "accelerate>=1.10",
+    "safetensors>=0.6",
+    "numpy>=1.26",
+    "pillow>=10.1,<13",  # Pillow 13 refuses posterize with 0 bits, which RandAugment of timm 1.0.31 asks for
+    "scikit-learn>=1.4",
+    "matplotlib>=3.8",
+    "tyro>=0.9",
+    "pydantic>=2.8",
+    "pyyaml>=6.0.1",
+    "rich>=13.7",
+]
+DEV_REQUIRES = [
+    "ruff>=0.15",
+    "mypy>=1.18",
+    "pytest>=8.4",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "coverage>=7.6",
+    "types-PyYAML",
+]
+
+ROOM_PACKAGES = find_packages(include=["m2mkd_ds", "m2mkd_ds.*"])
+KERNEL_PACKAGES = find_packages("kernels", include=["m2mkd_kernels", "m2mkd_kernels.*"])
+
+
+def read(path: str) -> str:
+    """Text of a file beside this one."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def version() -> str:
+    """The `__version__` line of the package, read without importing it."""
+    for line in read("m2mkd_ds/__init__.py").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise ValueError('m2mkd_ds/__init__.py has no line `__version__ = "..."`')
+
+
+setup(
+    name="m2mkd_ds",
+    version=version(),
+    description="Module-to-module distillation of a pretrained ViT into a sparse Vision-MoE, on DeepSpeed",
+    long_description=read("README.md"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*ROOM_PACKAGES, "m2mkd_ds._ds_configs", *KERNEL_PACKAGES],
+    package_dir={"m2mkd_ds._ds_configs": "ds_configs", "m2mkd_kernels": "kernels/m2mkd_kernels"},
+    package_data={
+        "m2mkd_ds": ["py.typed"],
+        "m2mkd_ds._ds_configs": ["*.json", "*.md"],
+        "m2mkd_ds.checkpoint": ["hf_template/*"],
+        "m2mkd_ds.report": ["*.css", "*.html"],
+    },
+    install_requires=INSTALL_REQUIRES,
+    extras_require={"dev": DEV_REQUIRES},
+    entry_points={"console_scripts": ["m2mkd = m2mkd_ds.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,97 @@
+"""Dispatch and combine: a permutation that loses nothing, with gradients equal to those of plain indexing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from m2mkd_ds.moe.dispatch import combine, make_plan, permute
+
+
+def random_ids(num_tokens: int, num_experts: int, k: int) -> Tensor:
+    """K different experts a token."""
+    return torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens)).argsort(dim=1)[:, :k].contiguous()
+
+
+def test_plan_by_hand() -> None:
+    # Choices in flat order (token*2 + choice): t0 -> 2, 0; t1 -> 0, 3; t2 -> 2, 3. Expert 1 gets nothing.
+    plan = make_plan(torch.tensor([[2, 0], [0, 3], [2, 3]]), 4)
+    # Expert 0 owns flat 1, 2; expert 2 owns flat 0, 4; expert 3 owns flat 3, 5.
+    assert plan.order_R.tolist() == [1, 2, 0, 4, 3, 5]
+    assert plan.offsets_E.tolist() == [2, 2, 4, 6]
+    assert plan.offsets_E.dtype == torch.int32
+    assert plan.rows_TK.tolist() == [[2, 0], [1, 4], [3, 5]]
+    rows = permute(torch.tensor([[10.0], [20.0], [30.0]]), plan)
+    assert rows[:, 0].tolist() == [10, 20, 10, 30, 20, 30]
+    # Rows back with weights: t0 = 1 * 10 + 2 * 10, t1 = 3 * 20 + 4 * 20, t2 = 5 * 30 + 6 * 30.
+    assert combine(rows, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), plan)[:, 0].tolist() == [30, 140, 330]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 64, 129])
+@pytest.mark.parametrize("ids", ["random", "all to the last", "all to the first"])
+def test_one_choice_with_weight_one_is_the_identity(num_tokens: int, ids: str) -> None:
+    ids_TK = {"random": random_ids(num_tokens, 5, 1), "all to the last": torch.full((num_tokens, 1), 4)}.get(
+        ids, torch.zeros(num_tokens, 1, dtype=torch.int64)
+    )
+    plan = make_plan(ids_TK, 5)
+    x_TD = torch.randn(num_tokens, 6)
+    assert plan.offsets_E[-1] == num_tokens
+    assert torch.equal(combine(permute(x_TD, plan), torch.ones(num_tokens, 1), plan), x_TD)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 9, 33])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_rows_lie_in_their_experts_segment(num_tokens: int, k: int) -> None:
+    ids_TK = random_ids(num_tokens, 5, k)
+    plan = make_plan(ids_TK, 5)
+    ends = plan.offsets_E.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        owners = sorted(plan.order_R[start:end].tolist())
+        assert owners == plan.order_R[start:end].tolist()  # stable
+        assert owners == (ids_TK.reshape(-1) == expert).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_values_and_gradients_equal_plain_indexing(k: int) -> None:
+    ids_TK = random_ids(11, 5, k)
+    plan = make_plan(ids_TK, 5)
+    x_TD = torch.randn(11, 3, dtype=torch.double, requires_grad=True)
+    weights_TK = torch.rand(11, k, dtype=torch.double, requires_grad=True)
+    scale_RD = torch.randn(11 * k, 3, dtype=torch.double, requires_grad=True)
+
+    def ours(x: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        return combine(permute(x, plan) * scale, weights, plan)
+
+    def plain(x: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        rows = x[plan.order_R // k] * scale
+        return (torch.empty(11 * k, 3, dtype=x.dtype).index_put((plan.order_R,), rows).view(11, k, 3) * weights[..., None]).sum(1)
+
+    inputs = (x_TD, weights_TK, scale_RD)
+    torch.testing.assert_close(ours(*inputs), plain(*inputs))
+    grad_TD = torch.randn(11, 3, dtype=torch.double)
+    wants = torch.autograd.grad(plain(*inputs), inputs, grad_TD)
+    for got, want in zip(torch.autograd.grad(ours(*inputs), inputs, grad_TD), wants, strict=True):
+        torch.testing.assert_close(got, want)
+    assert torch.autograd.gradcheck(ours, inputs)
+
+
+def test_bf16_rows_are_summed_in_fp32() -> None:
+    # 1 + 2^-9 + 2^-9 = 1 + 2^-8 in fp32, which rounds to the bf16 number 1 + 2^-7 or 1; summed in bf16 each 2^-9 would vanish.
+    plan = make_plan(torch.tensor([[0, 1, 2, 3, 4]]), 5)
+    rows_RD = torch.tensor([[1.0], [2**-9], [2**-9], [2**-9], [2**-9]]).bfloat16()
+    assert combine(rows_RD, torch.ones(1, 5), plan).item() == 1 + 2**-7
+    assert sum(rows_RD[:, 0].unbind()).item() == 1.0  # type: ignore[union-attr]
+
+
+def test_repeated_runs_are_bitwise_equal_and_strided_input_works() -> None:
+    plan = make_plan(random_ids(50, 5, 2), 5)
+    x_DT = torch.randn(8, 50)
+    results = []
+    for x_TD in (x_DT.t(), x_DT.t().contiguous()):
+        leaf = x_TD.detach().requires_grad_()
+        y_TD = combine(permute(leaf, plan).sin(), torch.full((50, 2), 0.3), plan)
+        y_TD.sum().backward()  # an expanded gradient with stride 0
+        results.append((y_TD, leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])  # type: ignore[arg-type]
