@@ -33,6 +33,7 @@ DEV_REQUIRES = [
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
     "coverage>=7.6",
+    "setuptools>=77",  # builds the wheel that tests/scripts looks into
     "types-PyYAML",
 ]
 

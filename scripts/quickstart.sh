@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
 # The whole method on real images, on two CPU ranks, from an empty machine: install, shards, every phase, export, report.
 #
-#   scripts/quickstart.sh [RUN_DIR] [--set key=value ...]
+#   scripts/quickstart.sh [RUN_DIR] [--set KEY=VALUE ...]
 #
 # RUN_DIR (default: runs/quickstart) receives everything but the environment: shards, weights, metrics, the exported model,
-# the report. Stopped half-way, the same command goes on; finished, it says so at once. `--set` words go to `m2mkd pipeline`.
-# With a GPU: DS_ACCELERATOR=cuda scripts/quickstart.sh RUN_DIR --set launch.num_gpus=1
+# the report. Stopped half-way, the same command goes on; finished, it says so at once. KEY=VALUE override fields of the
+# recipe `fashion`. With a GPU: DS_ACCELERATOR=cuda scripts/quickstart.sh RUN_DIR --set launch.num_gpus=1
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 run_dir=runs/quickstart
-case "${1:-}" in '' | -*) ;; *) run_dir=$1; shift ;; esac
+case "${1:-}" in '' | -* | *=*) ;; *) run_dir=$1; shift ;; esac
+overrides=()
+for word in "$@"; do
+    case $word in
+        --set) ;;
+        *=*) overrides+=("$word") ;;
+        *) echo "quickstart.sh: $word: expected KEY=VALUE; see --help" >&2; exit 2 ;;
+    esac
+done
 mkdir -p "$run_dir"
 run_dir=$(cd "$run_dir" && pwd)
 data=$run_dir/data
@@ -38,7 +46,7 @@ fi
 
 step "teacher -> modules -> m2mKD -> V-MoE -> export -> report"
 m2mkd pipeline --recipe fashion --run-dir "$run_dir" \
-    --set "data.train=$shards/train" "data.validation=$shards/validation" "data.source=${shards##*/}" "$@"
+    --set "data.train=$shards/train" "data.validation=$shards/validation" "data.source=${shards##*/}" ${overrides[@]+"${overrides[@]}"}
 
 step "the exported folder, loaded by transformers alone"
 # An empty PYTHONPATH: whoever gets this folder does not have our package either.

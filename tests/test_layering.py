@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "checkpoint": {"models"},
     "distill": {"models", "checkpoint.mapping"},
     "teacher": {"distill", "models", "data", "checkpoint.mapping"},
-    "train": {"distill", "teacher", "models", "data", "checkpoint", "distributed"},
+    "train": {"distill", "teacher", "models", "moe", "data", "checkpoint", "distributed"},
     "bench": {"moe", "models", "data", "teacher", "distributed"},
     "report": {"models", "checkpoint"},
     "planner": {"models", "checkpoint"},

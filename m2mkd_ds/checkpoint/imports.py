@@ -120,27 +120,31 @@ def _read_one(part: LegacyPart, depths: tuple[int, ...] | None, stage: int | Non
     file_depths = part.depths
     if not part.knows_stages and sum(target) == sum(file_depths):
         file_depths = target
-    if len(target) == 1 or (stage is None and file_depths == target):
-        stage = None
-        target_of = {k: k for k in range(len(target))}
+    # A whole model may be cut anew: the cut is not in its names.
+    if len(target) == 1 or (stage is None and sum(file_depths) == sum(target)):
+        stage, cut = None, file_depths
+        target_of = {k: k for k in range(len(cut))}
     elif stage is None:
         raise LegacyError(
             f"{part.where}: holds stages of {list(file_depths)} blocks, the whole model has {list(target)}; say which stage is wanted"
         )
     else:
+        cut = target
         target_of = {stage if len(file_depths) == len(target) else 0: stage}
     for k, t in target_of.items():
-        if k >= len(file_depths) or file_depths[k] != target[t]:
+        if k >= len(file_depths) or file_depths[k] != cut[t]:
             raise LegacyError(
-                f"{part.where}: holds stages of {list(file_depths)} blocks, which do not have stage {t} of depths {list(target)}"
+                f"{part.where}: holds stages of {list(file_depths)} blocks, which do not have stage {t} of depths {list(cut)}"
             )
     span = StageSpan.whole(sum(target)) if stage is None else spans_of(target)[stage]
     try:
-        merged, _ = transform(part.tensors, stage_rules(file_depths, target, target_of))
-        tensors, report = transform(merged, canonical_rules(target))
+        merged, _ = transform(part.tensors, stage_rules(file_depths, cut, target_of))
+        tensors, report = transform(merged, canonical_rules(cut))
         check_target(tensors, expected_shapes(tensors, span), report)
     except MappingError as err:
         raise err.at(part.where) from None
+    if cut != target and any(name.startswith("stitches.") for name in tensors):
+        raise LegacyError(f"{part.where}: has stitch layers between stages of {list(cut)} blocks, so it cannot be cut into {list(target)}")
     return LegacyCheckpoint(tensors, "model" if stage is None else "stage", part.layout, target, stage, part.model_name)
 
 

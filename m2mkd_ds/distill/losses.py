@@ -64,14 +64,19 @@ def pair_loss(student_BV: Tensor, teacher_BV: Tensor | None, targets_BV: Tensor,
     return PairLoss(total=(1.0 - config.kd_weight) * task + config.kd_weight * kd, task=task, kd=kd)
 
 
-def logit_gradient_norms(loss: PairLoss, student_BV: Tensor) -> dict[str, float]:
+def logit_gradient_norms(
+    student_BV: Tensor, teacher_BV: Tensor | None, targets_BV: Tensor, config: DistillConfig
+) -> dict[str, float]:
     """Norms of d(task)/d(logits) and d(kd)/d(logits): what each term really pulls with, before its weight.
 
-    Costs one backward pass through the loss only (B x V numbers), not through the model.
+    Works on a detached copy of the logits, so it costs a pass through the loss only (B x V numbers) and touches neither the
+    model's graph nor the hooks that the engine has on it.
     """
+    leaf_BV = student_BV.detach().float().requires_grad_()
+    loss = pair_loss(leaf_BV, teacher_BV, targets_BV, config)
     norms = {}
     for name, term in (("task", loss.task), ("kd", loss.kd)):
         if term is not None:
-            (grad_BV,) = torch.autograd.grad(term, student_BV, retain_graph=True)
-            norms[f"{name}_grad_norm"] = float(grad_BV.float().norm())  # host sync: call only on logged steps
+            (grad_BV,) = torch.autograd.grad(term, leaf_BV)
+            norms[f"{name}_grad_norm"] = float(grad_BV.norm())  # host sync: call only on logged steps
     return norms

@@ -172,6 +172,7 @@ def resolve_ds_config(
         tree[key] = _fill(tree.get(key), value, path=path, key=key, owner=owner)
     tree["bf16"] = _resolve_bf16(tree.get("bf16", {}), precision, path, where)
     _check_fp16(tree.pop("fp16", {}), path, where)
+    _check_gradient_dtypes(tree, precision, path, where)
     tree["zero_optimization"] = dict(zero)
     return tree
 
@@ -227,3 +228,19 @@ def _check_fp16(block: Any, path: Path, where: str) -> None:
     enabled = block.get("enabled", False) if isinstance(block, dict) else block
     if enabled not in (False, None, "auto"):
         raise ConfigError(f"{path}: fp16.enabled is {json.dumps(enabled)}, but {where}.precision offers fp32 and bf16 only; remove fp16")
+
+
+def _check_gradient_dtypes(tree: dict[str, Any], precision: str, path: Path, where: str) -> None:
+    """How gradients are summed over micro-batches and over ranks: fp32, or bf16 in a bf16 run."""
+    block = tree.setdefault("data_types", {})
+    if not isinstance(block, dict):
+        raise ConfigError(f'{path}: data_types is {json.dumps(block)}; give an object, for example {{"grad_accum_dtype": "fp32"}}')
+    _check_keys(block, path, allowed=("grad_accum_dtype",), refused={}, block="data_types.")
+    allowed = ("fp32", "bf16") if precision == "bf16" else ("fp32",)
+    for node, prefix, key in ((block, "data_types.", "grad_accum_dtype"), (tree, "", "communication_data_type")):
+        node[key] = "fp32" if node.get(key) in (None, "auto") else node[key]
+        if node[key] not in allowed:
+            raise ConfigError(
+                f"{path}: {prefix}{key} is {json.dumps(node[key])}, but {where}.precision is {precision}; "
+                f"allowed then: {', '.join(allowed)}"
+            )

@@ -11,7 +11,10 @@ plain tensors (`flat_state.py`), not DeepSpeed's own files: those are pickles th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,8 +24,10 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from m2mkd_ds.distributed.flat_state import FlatGroup, GroupState, optimizer_state, rank_file, read_rank_files, write_rank_file
+from m2mkd_ds.distributed.flat_state import FlatGroup, GroupState, fill_master, optimizer_state, rank_file, read_rank_files, write_rank_file
 from m2mkd_ds.distributed.world import World
+
+logger = logging.getLogger("m2mkd_ds")
 
 
 class Engine(Protocol):
@@ -111,7 +116,10 @@ class DeepSpeedEngine:
         # Taken before DeepSpeed casts the module: bf16 keeps 8 bits of the 24 that a weight file brings.
         originals = {name: p.detach().clone().to(world.device) for name, p in module.named_parameters()}
 
-        self._engine, *_ = _import_deepspeed().initialize(model=_Outputs(module), optimizer=optimizer, config=dict(ds_config))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # DeepSpeed's bf16 optimizer prints memory tables that no log level stops
+            self._engine, *_ = _import_deepspeed().initialize(model=_Outputs(module), optimizer=optimizer, config=dict(ds_config))
+        logger.debug("deepspeed.initialize printed: %s", printed.getvalue())
 
         self._groups = []
         for names, group in zip(named_groups, optimizer.param_groups, strict=True):
@@ -119,7 +127,7 @@ class DeepSpeedEngine:
             part_numel = group["params"][0].numel()
             self._groups.append(FlatGroup(names, shapes, part_numel, world.rank, world.size))
         for layout, master_P in zip(self._groups, self._masters(), strict=True):
-            _fill_master(layout, master_P, originals, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+            fill_master(layout, master_P, originals, torch.bfloat16 if self.precision == "bf16" else torch.float32)
         self._frozen = {name: originals[name] for name, p in module.named_parameters() if not p.requires_grad}
         for tensor in [*self._frozen.values(), *module.buffers()]:
             torch.distributed.broadcast(tensor, src=0)
@@ -135,10 +143,10 @@ class DeepSpeedEngine:
         return self._engine.micro_steps % self._engine.gradient_accumulation_steps() == 0
 
     def __call__(self, *inputs: Any) -> Any:
-        """Forward pass. In bf16, floating-point tensors among `inputs` are cast; outputs come as the module gives them."""
+        """Forward pass on the rank's device. Floating-point tensors among `inputs` are cast to the run's precision; outputs
+        come as the module gives them (in bf16: compute the loss in fp32)."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        cast = [x.to(self.world.device, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
-        outputs, _ = self._engine(*cast)
+        outputs, _ = self._engine(*(_place(x, self.world.device, dtype) if isinstance(x, Tensor) else x for x in inputs))
         return outputs
 
     def backward(self, loss: Tensor) -> None:
@@ -161,8 +169,8 @@ class DeepSpeedEngine:
         if not boundary:
             return None
         norm = float(self._engine.get_global_grad_norm())
-        if norm != float("inf"):
-            for ema_P, master_P in zip(self._ema, self._masters(), strict=bool(self._ema)):
+        if self._ema and norm != float("inf"):
+            for ema_P, master_P in zip(self._ema, self._masters(), strict=True):
                 ema_P.lerp_(master_P.detach(), 1.0 - self._ema_decay)
         return norm
 
@@ -209,36 +217,39 @@ class DeepSpeedEngine:
         With as many ranks as saved, going on is bit for bit the uninterrupted run; with another number the values are the
         same and only the order of sums differs. Raises ValueError for files that are missing or of another model.
         """
+        if not self.at_boundary:
+            raise RuntimeError("load() inside a step: call it before the first micro-batch of a step")
         states, extra = read_rank_files(folder, self._groups)
+        shared, parameters = self._frozen | dict(self.module.named_buffers()), dict(self.module.named_parameters())
+        # All checks before the first change: a refused checkpoint leaves the engine as it was.
+        if set(shared) != set(extra["shared"]):
+            raise ValueError(f"{folder}: other buffers or frozen parameters: {sorted(set(shared) ^ set(extra['shared']))[:5]}")
+        if bool(self._ema) != ("ema" in states[0].tensors_P):
+            raise ValueError(f"{folder}: ema_decay is {self._ema_decay}, but the checkpoint has {'no' if self._ema else 'an'} average")
         for index, (layout, saved, master_P) in enumerate(zip(self._groups, states, self._masters(), strict=True)):
             tensors_P = dict(saved.tensors_P)
-            if bool(self._ema) != ("ema" in tensors_P):
-                raise ValueError(f"{folder}: ema_decay is {self._ema_decay}, but the checkpoint {'has no' if self._ema else 'has an'} average")
             with torch.no_grad():
                 master_P.copy_(tensors_P.pop("master"))
                 if self._ema:
                     self._ema[index].copy_(tensors_P.pop("ema"))
-            state = self._optimizer.state[master_P]
-            for kind, value in (tensors_P | saved.scalars).items():
-                state[kind] = value.to(_state_device(kind, master_P, self._optimizer)).clone()
-            self._refresh_parameters(layout, master_P)
-        shared, parameters = self._frozen | dict(self.module.named_buffers()), dict(self.module.named_parameters())
-        if set(shared) != set(extra["shared"]):
-            raise ValueError(f"{folder}: other buffers or frozen parameters: {sorted(set(shared) ^ set(extra['shared']))[:5]}")
+            self._optimizer.state[master_P] = {
+                kind: value.to(_state_device(kind, master_P, self._optimizer)).clone()
+                for kind, value in (tensors_P | saved.scalars).items()
+            }
+            for name, value in layout.split(layout.gather(master_P)).items():
+                parameters[name].data.copy_(value)  # rounded to the run's precision: what the forward pass reads
         for name, value in shared.items():
             value.copy_(extra["shared"][name])
         for name, value in self._frozen.items():
             parameters[name].data.copy_(value)
 
-    def _refresh_parameters(self, layout: FlatGroup, master_P: Tensor) -> None:
-        """Collective: write the masters, rounded to the run's precision, into the parameters that the forward pass reads."""
-        parameters = dict(self.module.named_parameters())
-        for name, value in layout.split(layout.gather(master_P)).items():
-            parameters[name].data.copy_(value)
-
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module and free its buffers; the engine is of no use afterwards."""
         self._engine.destroy()
+
+
+def _place(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
 
 def _import_deepspeed() -> Any:
@@ -276,17 +287,6 @@ def _named_groups(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[t
             f"frozen or foreign {foreign[:5]}, more than once {twice[:5]}"
         )
     return groups
-
-
-def _fill_master(layout: FlatGroup, master_P: Tensor, originals: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Collective: give the fp32 masters the bits that DeepSpeed's cast took away, after checking that the layout is as assumed."""
-    full_F = layout.join(originals)
-    torch.distributed.broadcast(full_F, src=0)  # DeepSpeed did the same with the cast parameters
-    local_P = layout.local(full_F).to(master_P.device)
-    if not torch.equal(master_P.detach().to(dtype), local_P.to(dtype)):
-        raise RuntimeError("this release of DeepSpeed lays out ZeRO's flat buffers in an unknown way; use the tested deepspeed>=0.19.8,<0.20")
-    with torch.no_grad():
-        master_P.copy_(local_P)
 
 
 def _state_device(kind: str, master_P: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:

@@ -68,6 +68,17 @@ class FlatGroup:
         return full_F
 
 
+def fill_master(layout: FlatGroup, master_P: Tensor, originals: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Collective: give the fp32 masters the bits that DeepSpeed's cast took away, after checking that the layout is as assumed."""
+    full_F = layout.join(originals)
+    torch.distributed.broadcast(full_F, src=0)  # DeepSpeed did the same with the cast parameters
+    local_P = layout.local(full_F).to(master_P.device)
+    if not torch.equal(master_P.detach().to(dtype), local_P.to(dtype)):
+        raise RuntimeError("this DeepSpeed lays out ZeRO's flat buffers in an unknown way; use a tested release: deepspeed>=0.19.8,<0.20")
+    with torch.no_grad():
+        master_P.copy_(local_P)
+
+
 @dataclass
 class GroupState:
     """What a rank holds of one group: `tensors_P` by kind (`master`, `exp_avg`, `exp_avg_sq`, `ema`), `scalars` (`step`)."""

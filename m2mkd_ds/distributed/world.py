@@ -66,28 +66,35 @@ def init_world(timeout_s: float = 600.0) -> World:
     # run waits without a word). gloo does the same collectives.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    os.environ.update(single_process_variables(os.environ))
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     accelerator = get_accelerator()
+    options: dict[str, Any] = {}
+    if was_launched(os.environ):
+        rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    else:
+        rank, size, local_rank, local_size = 0, 1, 0, 1
+        # By arguments, not by environment: child processes must not think that they are rank 0 of this job.
+        options = {"init_method": f"tcp://127.0.0.1:{_free_port()}", "rank": rank, "world_size": size}
+        os.environ["LOCAL_RANK"] = "0"  # deepspeed.initialize asks for this one in any case
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
+        **options,
     )
     return World(rank, size, local_rank, local_size, torch.device(accelerator.device_name(local_rank)))
 
 
-def single_process_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """What `environ` lacks to be a job of one rank; nothing when a launcher set the variables.
+def was_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher set the variables of a rank; false for a process that stands alone.
 
-    Raises ValueError when some launcher variables are missing, or when the process is one of several tasks of srun or mpirun.
+    Raises ValueError when some variables are missing, or when the process is one of several tasks of srun or mpirun.
     """
     missing = [name for name in LAUNCHER_VARIABLES if name not in environ]
     if not missing:
-        return {}
+        return True
     if "RANK" in environ or "WORLD_SIZE" in environ:
         raise ValueError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start by `deepspeed` or torchrun")
     for name in _TASK_COUNTS:
@@ -96,17 +103,22 @@ def single_process_variables(environ: Mapping[str, str]) -> dict[str, str]:
                 f"{name} is {environ[name]}, so this is one task of several, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
                 "MASTER_PORT are not set: export them for every task, or start by `deepspeed` with a hostfile"
             )
+    return False
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return int(probe.getsockname()[1])
 
 
 def shutdown() -> None:
     """Leave the job. Every rank calls it at the end, so that none is cut off in the middle of a collective."""
     if torch.distributed.is_initialized():
+        import deepspeed
+
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # also forgets the groups that DeepSpeed keeps, so that a job can be joined again
 
 
 def _require_world() -> None:
@@ -149,7 +161,7 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile"))
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     from deepspeed.accelerator import get_accelerator
 
     return bool(get_accelerator().is_bf16_supported())
@@ -159,6 +171,8 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
     """`auto` -> bf16 where `has_fast_bf16`, else fp32; `fp32` and `bf16` stay. Raises ValueError for anything else."""
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
-    if precision == "fp32" or precision == "bf16":
-        return precision
+    if precision == "fp32":
+        return "fp32"
+    if precision == "bf16":
+        return "bf16"
     raise ValueError(f"precision is {precision!r}; allowed are auto, fp32 and bf16")

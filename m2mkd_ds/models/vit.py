@@ -19,6 +19,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -132,9 +133,14 @@ def build_stage(arch: VitArch, span: StageSpan, *, seed: int, drop_path: float =
 
     Embeddings, every block and the head draw from generators of their own, seeded by (seed, part): a block has the same
     weights in whatever span it is built, and torch's global generator is left as it was. Raises ValueError if timm's
-    initialisation leaves a value unset.
+    initialisation leaves a value unset, or for a convolutional stem, which timm cannot initialise once it is built.
     """
     stage = empty_stage(arch, span, drop_path=drop_path).to_empty(device="cpu")
+    if span.is_first and type(stage.patch_embed) is not PatchEmbed:
+        raise ValueError(
+            f"teacher.arch {arch.arch} has the stem {type(stage.patch_embed).__name__}, for which no fresh weights can be made stage by "
+            "stage; use teacher.source=pretrained, or choose an architecture with plain patches"
+        )
     _poison([*stage.parameters(), *stage.buffers()])
     parts: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = [(f"block {i}", (), (i,)) for i in span.blocks]
     parts += [("embed", EMBED_PARTS, ())] if span.is_first else []
@@ -143,6 +149,7 @@ def build_stage(arch: VitArch, span: StageSpan, *, seed: int, drop_path: float =
         for name, owned, blocks in parts:
             torch.manual_seed(_part_seed(seed, name))
             _VitParts(stage, owned, blocks).init_weights(needs_reset=True)
+    _remove_outliers(stage)
     _restore_buffers(stage)
     unset = _poisoned([*stage.named_parameters(), *stage.named_buffers()])
     if unset:
@@ -247,6 +254,14 @@ def _refuse_other_names(what: str, wanted: Iterable[str], given: Iterable[str]) 
 def _part_seed(seed: int, part: str) -> int:
     """Independent of Python's hash seed and of which other parts are built."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{part}".encode()).digest()[:8], "little")
+
+
+def _remove_outliers(stage: VitStage) -> None:
+    """Set to 0 the weights of exactly -2: timm's trunc_normal_ sends one draw in 2^24 to its lower bound, 100 standard deviations off."""
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            if parameter.ndim > 1:
+                parameter.masked_fill_(parameter == -2.0, 0.0)
 
 
 def _poison(tensors: Iterable[Tensor]) -> None:

@@ -62,13 +62,14 @@ def pair_step(
     """Loss of one pair: the module on h_i, the frozen meta suffix behind it, then task and distillation loss."""
     output, router_losses, stats = unpack(forward(batch.hidden[pair.index]))
     logits_BV = meta.suffix(pair, output)
-    losses = pair_loss(logits_BV, batch.teacher_logits.get(pair.index), batch.targets_BV, config)
+    teacher_BV = batch.teacher_logits.get(pair.index)
+    losses = pair_loss(logits_BV, teacher_BV, batch.targets_BV, config)
     loss = losses.total + router_total(router_losses, losses.total)
     if not log:
         return StepOutput(loss, {})
     terms = {"loss": loss, "task": losses.task} | ({"kd": losses.kd} if losses.kd is not None else {})
     metrics = {**_numbers(**terms), **_router_metrics(router_losses, stats)}
-    return StepOutput(loss, {**metrics, **logit_gradient_norms(losses, logits_BV)})
+    return StepOutput(loss, {**metrics, **logit_gradient_norms(logits_BV, teacher_BV, batch.targets_BV, config)})
 
 
 def aligned_step(

@@ -80,7 +80,10 @@ def test_a_checkpoint_saved_out_of_order_is_never_retired_itself(tmp_path: Path)
     ("damage", "message"),
     [
         (lambda f: (f / "weights.bin").write_bytes(bytes([2]) * 49 + b"x"), r"weights\.bin: damaged, its SHA-256"),
-        (lambda f: (f / "rank0" / "optimizer.bin").write_bytes(bytes([2]) * 999), r"optimizer\.bin: damaged, it has 999 bytes .* says 1000"),
+        (
+            lambda f: (f / "rank0" / "optimizer.bin").write_bytes(bytes([2]) * 999),
+            r"optimizer\.bin: damaged, it has 999 bytes .* says 1000",
+        ),
         (lambda f: (f / "weights.bin").unlink(), r"weights\.bin: missing"),
         (lambda f: (f / "manifest.json").unlink(), r"step-00000020: no manifest\.json"),
         (lambda f: (f / "manifest.json").write_bytes((f / "manifest.json").read_bytes()[:-40]), r"manifest\.json: damaged"),
@@ -129,7 +132,18 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "os.chmod", "os.listdir", "os.scandir")
+FILE_EVENTS = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.rmtree",
+    "os.chmod",
+    "os.listdir",
+    "os.scandir",
+)
 
 
 def stop_at(count: int, stop: Callable[[], None]) -> None:
@@ -260,7 +274,9 @@ def test_full_disk_is_one_clear_error_and_frees_what_was_written(tmp_path: Path)
                 with pytest.raises(StoreError):
                     commit_checkpoint(disk / "run", step, write, {}, is_main=True, barrier=no_wait)
             assert names(disk / "run") == ["step-00000010"] and latest_value(disk / "run") == (10, 1)
-        with pytest.raises(StoreError, match=r"step-00000020: checkpoint not saved .*MiB are free on that disk; earlier checkpoints are untouched"):
+        with pytest.raises(
+            StoreError, match=r"step-00000020: checkpoint not saved .*MiB are free on that disk; earlier checkpoints are untouched"
+        ):
             commit_checkpoint(disk / "run", 20, writes[1], {}, is_main=True, barrier=no_wait)
         # Space given back is enough: the run goes on.
         save(disk / "run", 20, 2)

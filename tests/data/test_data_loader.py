@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import random
 import shutil
 import subprocess
@@ -96,9 +97,7 @@ def test_pixels_do_not_depend_on_rank_world_accumulation_or_micro_batch(digits_f
     reference = by_slot(list(train_loader(digits_train, data, mb=12)))
     assert sorted(reference) == list(range(36))
     for mb, acc, world in ((12, 1, 1), (2, 6, 1), (4, 1, 3), (3, 2, 2), (1, 1, 12)):
-        batches = [
-            batch for rank in range(world) for batch in train_loader(digits_train, data, mb=mb, acc=acc, rank=rank, world=world)
-        ]  # fmt: skip
+        batches = [batch for rank in range(world) for batch in train_loader(digits_train, data, mb=mb, acc=acc, rank=rank, world=world)]
         found = by_slot(batches)
         assert sorted(found) == sorted(reference)
         assert all(torch.equal(found[slot][0], reference[slot][0]) and found[slot][1] == reference[slot][1] for slot in found)
@@ -114,10 +113,9 @@ def test_mixed_batches_are_equal_for_two_ranks_and_for_accumulation(digits_folde
         assert torch.equal(one.targets_BV, two.targets_BV)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_pixels_do_not_depend_on_workers(digits_folder: Path, digits_train: ShardIndex, num_workers: int) -> None:
+def test_pixels_do_not_depend_on_workers(digits_folder: Path, digits_train: ShardIndex) -> None:
     alone = list(train_loader(digits_train, data_config(digits_folder, MIXED), acc=2, steps=4))
-    loader = train_loader(digits_train, data_config(digits_folder, MIXED, num_workers), acc=2, steps=4)
+    loader = train_loader(digits_train, data_config(digits_folder, MIXED, num_workers=2), acc=2, steps=4)
     assert_same_batches(alone, list(loader))
     assert_same_batches(alone, list(loader))  # persistent workers, second pass
 
@@ -201,19 +199,19 @@ class Probe(loader._TrainBatches):
         return sorted({{name.partition(".")[0] for name in sys.modules}})
 
 if __name__ == "__main__":
-    import deepspeed_stand_in  # the trainer's own import must not travel
+    import deepspeed  # what the training process has imported must not travel (a stand-in, found beside this file)
     index = ShardIndex.load({str(digits_folder / "train")!r})
     data = DataConfig(num_classes=10, image_size=16)
     layout = loader.BatchLayout(micro_batch_size=2, accumulation=1, world=1)
     batches = Probe(index, data, seed=0, layout=layout, rank=0)
     print(" ".join(next(iter(loader._loader(batches, range(1), 1)))))
 """)
-    (tmp_path / "deepspeed_stand_in.py").write_text("")
+    (tmp_path / "deepspeed.py").write_text("")
     root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env={"PYTHONPATH": root})
     imported = set(done.stdout.split())
     assert {"torch", "timm", "m2mkd_ds"} <= imported
-    assert not imported & {"deepspeed", "transformers", "triton", "tutel", "deepspeed_stand_in"}
+    assert not imported & {"deepspeed", "transformers", "tutel"}
 
 
 def damaged_copy(folder: Path, target: Path) -> tuple[ShardIndex, str]:
@@ -240,13 +238,9 @@ def test_a_damaged_image_stops_training_with_shard_key_and_position(tmp_path: Pa
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
-    import io
-
+    pngs = [(mode, "PNG", "png") for mode in ("L", "RGBA", "P", "1")]
     samples = []
-    for number, (mode, kind, extension) in enumerate(
-        [("L", "PNG", "png"), ("RGBA", "PNG", "png"), ("P", "PNG", "png"), ("1", "PNG", "png"), ("CMYK", "JPEG", "jpg"), ("L", "JPEG", "jpg"),
-         ("RGB", "PNG", "jpg")]
-    ):  # fmt: skip
+    for number, (mode, kind, extension) in enumerate([*pngs, ("CMYK", "JPEG", "jpg"), ("L", "JPEG", "jpg"), ("RGB", "PNG", "jpg")]):
         file = io.BytesIO()
         Image.new(mode, (9, 5)).save(file, kind)
         samples.append((file.getvalue(), extension, 0, f"k{number}"))

@@ -27,7 +27,7 @@ class VMoEPatchEmbed(nn.Module):
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
 
 
-class VMoESelfMixer(nn.Module):
+class VMoEAttention(nn.Module):
     """Multi-head self-attention with one fused qkv map, always through torch's scaled_dot_product_attention."""
 
     def __init__(self, config: VMoEConfig) -> None:
@@ -63,7 +63,7 @@ class VMoERouter(nn.Linear):
         super().__init__(config.hidden_size, config.num_experts, bias=config.router_bias)
         self.config = config
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """-> expert ids [T, K], combine weights [T, K], weighted sum of the balancing losses (0 if none is on)."""
         config = self.config
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
@@ -182,7 +182,7 @@ class VMoEBlock(nn.Module):
     def __init__(self, config: VMoEConfig, is_moe: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attn = VMoESelfMixer(config)
+        self.attn = VMoEAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if is_moe:
             self.moe = VMoELayer(config)
@@ -212,7 +212,8 @@ class VMoEStitch(nn.Module):
 
 
 class VMoEForImageClassification(PreTrainedModel):
-    """The classifier. With `labels` (class ids [B] or probabilities [B, V]) it returns a loss, in training mode with the balancing losses."""
+    """The classifier. With `labels` (class ids [B] or probabilities [B, V]) it returns a loss; in training mode the balancing
+    losses are part of it."""
 
     config_class = VMoEConfig
     base_model_prefix = ""
@@ -230,7 +231,7 @@ class VMoEForImageClassification(PreTrainedModel):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, d))
         self.blocks = nn.ModuleList([VMoEBlock(config, i in moe_layers) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
-        self.head = nn.Linear(d, config.num_labels)
+        self.head = nn.Linear(d, config.num_labels)  # type: ignore[arg-type]
         stitches = config.stitches or []
         self.stitches = nn.ModuleDict({str(s["pair"]): nn.ModuleDict() for s in stitches})
         for s in stitches:
@@ -261,7 +262,9 @@ class VMoEForImageClassification(PreTrainedModel):
         """pixel_values [B, C, S, S] -> logits [B, V]."""
         size = self.config.image_size
         if pixel_values.shape[-2:] != (size, size):
-            raise ValueError(f"this V-MoE takes images of {size} x {size} pixels, given {list(pixel_values.shape)}; use its image processor")
+            raise ValueError(
+                f"this V-MoE takes images of {size} x {size} pixels, given {list(pixel_values.shape)}; use its image processor"
+            )
         patches_BLD = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
         x_BLD = torch.cat([self.cls_token.expand(patches_BLD.shape[0], -1, -1), patches_BLD], dim=1) + self.pos_embed
         hidden_states, router_loss = [x_BLD], x_BLD.new_zeros((), dtype=torch.float32)
