@@ -319,9 +319,11 @@ def _forbid_unknown_keys(cls: type) -> None:
     cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
 
 
-for _cls in (AugmentConfig, DataConfig, TeacherConfig, MetaConfig, RouterConfig, MoEConfig, StudentConfig):
-    _forbid_unknown_keys(_cls)
-for _cls in (DistillConfig, PhaseConfig, LaunchConfig, ExportConfig, RunConfig):
+_TREE: tuple[type, ...] = (
+    AugmentConfig, DataConfig, TeacherConfig, MetaConfig, RouterConfig, MoEConfig, StudentConfig, DistillConfig, PhaseConfig,
+    LaunchConfig, ExportConfig, RunConfig,
+)  # fmt: skip
+for _cls in _TREE:
     _forbid_unknown_keys(_cls)
 
 

@@ -71,8 +71,9 @@ def _summary(arch: VMoEArch, card: Mapping[str, Any]) -> str:
     return (
         f"A Vision Mixture-of-Experts (V-MoE) image classifier with {arch.num_classes} classes{data}, trained by module-to-module "
         f"knowledge distillation (m2mKD, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})): {arch.num_blocks} blocks of width "
-        f"{arch.embed_dim}, {len(arch.moe_blocks)} of them with {arch.num_experts} experts, {arch.router.top_k} used a token; {total:,} parameters, "
-        f"{active:,} active a token; images of {arch.image_size} x {arch.image_size} pixels, patches of {arch.patch_size}."
+        f"{arch.embed_dim}, {len(arch.moe_blocks)} of them with {arch.num_experts} experts, {arch.router.top_k} used a token; "
+        f"{total:,} parameters, {active:,} active a token; images of {arch.image_size} x {arch.image_size} pixels, patches of "
+        f"{arch.patch_size}."
     )
 
 

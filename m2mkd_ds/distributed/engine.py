@@ -96,8 +96,8 @@ class DeepSpeedEngine:
 
     `module` holds fp32 parameters; those without `requires_grad` stay as they are. `optimizer` is a torch optimizer over all
     others, each exactly once; the engine takes both over. `ds_config` comes from `resolve_ds_config`. Rank 0's weights and
-    buffers are the ones that every rank starts from. With `ema_decay` > 0 the engine also keeps an exponential moving average of the
-    fp32 weights, updated after every step and sharded like them.
+    buffers are the ones that every rank starts from. With `ema_decay` > 0 the engine also keeps an exponential moving average
+    of the fp32 weights, updated after every step and sharded like them.
 
     Raises ValueError for parameters that are not fp32, and for trainable ones that the optimizer lacks or has twice.
     """

@@ -187,23 +187,23 @@ def stage_names(arch: VitArch, span: StageSpan) -> tuple[str, ...]:
     return tuple(empty_stage(arch, span).state_dict())
 
 
-def pretrained_weights(arch: VitArch, *, seed: int = 0) -> dict[str, Tensor]:
+def pretrained_weights(arch: VitArch, *, head_seed: int | None = None) -> dict[str, Tensor]:
     """The weights that timm's hub entry of `arch` names: fp32, canonical names, the whole model. Downloads, or reads the cache.
 
-    timm fits patch embedding and positions to arch.image_size. The entry's head is kept if it has arch.num_classes classes;
-    else the head is a fresh one drawn from `seed`, and the log says so. Raises ValueError when there are no such weights,
-    they cannot be reached, or they do not fill the model exactly.
+    timm fits patch embedding and positions to arch.image_size. The entry's head must have arch.num_classes classes, because
+    an untrained head teaches nothing; who trains it first gives `head_seed` and gets a fresh one, which the log says. Raises
+    ValueError when there are no such weights, they cannot be reached, or they do not fill the model exactly.
     """
     if arch.arch in TIMM_NAMES:
         raise ValueError(f"timm has no weights for {arch.arch}; set teacher.weights to a file, or teacher.arch to {TIMM_NAMES[arch.arch]}")
-    return _through_timm(arch, {}, int(meta_device_model(arch).pretrained_cfg["num_classes"]), seed)
+    return _through_timm(arch, {}, int(meta_device_model(arch).pretrained_cfg["num_classes"]), head_seed)
 
 
-def adapt_weights(arch: VitArch, tensors: Mapping[str, Tensor], *, seed: int = 0) -> dict[str, Tensor]:
+def adapt_weights(arch: VitArch, tensors: Mapping[str, Tensor], *, head_seed: int | None = None) -> dict[str, Tensor]:
     """`tensors` of a whole model as published (any layout that timm reads), treated like `pretrained_weights`.
 
-    For files that are not in timm's names (DeiT-3's and DINOv2's originals) or were trained at another image size or
-    number of classes; what fits already comes back as it is. Raises ValueError when they do not fill the model exactly.
+    For files that are not in timm's names (DeiT-3's and DINOv2's originals) or were trained at another image size; what
+    fits already comes back as it is. Raises ValueError when they do not fill the model exactly.
     """
     if not tensors:
         raise ValueError(f"teacher.weights holds no tensors; it must hold those of {arch.arch}")
@@ -211,15 +211,20 @@ def adapt_weights(arch: VitArch, tensors: Mapping[str, Tensor], *, seed: int = 0
     if {name: tensor.shape for name, tensor in tensors.items()} == {name: tensor.shape for name, tensor in model.state_dict().items()}:
         return {name: tensor.float() for name, tensor in tensors.items()}
     classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
-    return _through_timm(arch, {"source": "", "state_dict": dict(tensors), "num_classes": classes}, classes, seed)
+    return _through_timm(arch, {"source": "", "state_dict": dict(tensors), "num_classes": classes}, classes, head_seed)
 
 
-def _through_timm(arch: VitArch, overlay: dict[str, Any], classes: int, seed: int) -> dict[str, Tensor]:
+def _through_timm(arch: VitArch, overlay: dict[str, Any], classes: int, head_seed: int | None) -> dict[str, Tensor]:
     """Let timm convert and resize, in the two circumstances in which its loading is strict.
 
     The model must have the classes of the weights; and a SigLIP entry must keep its attention pool, which is dropped
     afterwards if `arch` pools otherwise.
     """
+    if classes != arch.num_classes and head_seed is None:
+        raise ValueError(
+            f"the weights of {arch.arch} have a head of {classes} classes and data.num_classes is {arch.num_classes}: an untrained head "
+            "cannot teach; use the data that the weights were trained for, or fine-tune them and set teacher.weights to that file"
+        )
     args = {**arch.arch_args, "num_classes": classes, "img_size": arch.image_size}
     if "siglip" in arch.arch:
         args["global_pool"] = "map"
@@ -234,10 +239,10 @@ def _through_timm(arch: VitArch, overlay: dict[str, Any], classes: int, seed: in
     wanted = meta_device_model(arch)
     if wanted.attn_pool is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("attn_pool.")}
-    if classes != arch.num_classes:
+    if classes != arch.num_classes and head_seed is not None:
         log.warning("%s: the weights have %d classes, this run %d: the head is fresh", arch.arch, classes, arch.num_classes)
         last = len(wanted.blocks) - 1
-        fresh = build_stage(arch, StageSpan(last, last, last + 1), seed=seed).state_dict()
+        fresh = build_stage(arch, StageSpan(last, last, last + 1), seed=head_seed).state_dict()
         tensors.update({name: tensor for name, tensor in fresh.items() if name.startswith("head.")})
     _refuse_other_names(f"the pretrained {arch.arch}", wanted.state_dict(), tensors.keys())
     return tensors

@@ -193,35 +193,32 @@ def load_figure(expert_load: Mapping[str, Any]) -> str | None:
     """
     from matplotlib import rc_context
 
-    panels = {name: loads for name, loads in ((name, load_matrix(value)) for name, value in expert_load.items()) if loads}
+    names = ordered_models({"models": {name: {} for name in expert_load}})
+    panels = {name: loads for name in names if (loads := load_matrix(expert_load[name]))}
     if not panels:
         return None
     with rc_context({**STYLE, "axes.grid": False}):
         tallest = max(len(loads) for loads in panels.values())
         figure, axes_list = _canvas(8.6, 1.3 + 0.34 * tallest, len(panels))
         for axes, (name, loads) in zip(axes_list, panels.items(), strict=True):
-            blocks = list(loads)
-            width = max(len(row) for row in loads.values())
-            grid = [[*row, *[float("nan")] * (width - len(row))] for row in loads.values()]
-            axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-            axes.set_yticks(range(len(blocks)), [f"block {block}" for block in blocks])
-            axes.set_xticks(range(width))
-            axes.tick_params(length=0)
-            axes.set(title=name, xlabel="expert")
-            for row, values in enumerate(grid):
-                for column, value in enumerate(values):
-                    if width <= 16 and value == value:
-                        axes.text(
-                            column,
-                            row,
-                            f"{value:.2f}",
-                            ha="center",
-                            va="center",
-                            fontsize=7,
-                            color="white" if abs(value - 1) > 0.55 else INK,
-                        )
+            _draw_load(axes, label(name), loads, cells_labelled=len(panels) * max(map(len, loads.values())) <= 26)
         figure.colorbar(axes_list[-1].images[0], ax=axes_list, label="load / even share", shrink=0.9, pad=0.01, extend="max")
         return _svg(figure)
+
+
+def _draw_load(axes: Axes, title: str, loads: Mapping[str, Sequence[float]], *, cells_labelled: bool) -> None:
+    """One heat map. Rows of layers with fewer experts are filled up with NaN, which is drawn as paper."""
+    width = max(len(row) for row in loads.values())
+    grid = [[*row, *[float("nan")] * (width - len(row))] for row in loads.values()]
+    axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(loads)), [f"block {block}" for block in loads])
+    axes.set_xticks(range(0, width, max(1, width // 8)))
+    axes.tick_params(length=0)
+    axes.set(title=title, xlabel="expert")
+    for row, values in enumerate(grid if cells_labelled else ()):
+        for column, value in enumerate(values):
+            ink = "white" if abs(value - 1) > 0.55 else INK
+            axes.text(column, row, "" if value != value else f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
 
 
 def load_matrix(loads: Any) -> dict[str, list[float]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.imports import read_legacy
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights, save_weights
 from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distill.assemble import assemble_student, split_exact
-from m2mkd_ds.models.vit import pretrained_weights, stage_names
+from m2mkd_ds.models.vit import adapt_weights, pretrained_weights, stage_names
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.nodes import find_node, fingerprint, write_done
 from m2mkd_ds.train.phases.finish import lineage
@@ -50,7 +49,7 @@ def teacher_weights(ctx: RunContext) -> dict[str, Tensor]:
             f"teacher.weights {teacher.weights} has a head of {head.shape[0]} classes and data.num_classes is "
             f"{ctx.config.data.num_classes}: use the data that the teacher was trained for, or fine-tune it on this data first"
         )
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    return adapt_weights(ctx.teacher_arch, tensors)
 
 
 def assemble(ctx: RunContext) -> None:

@@ -151,7 +151,9 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
             trainee.engine.backward(output.loss)
             finite.append(torch.isfinite(output.loss.detach()))
         if not bool(torch.stack(finite).all()):  # host sync, once a micro-batch
-            bad.update({t.name: list(slots) for t, ok in zip(active, finite, strict=True) if not bool(ok)})
+            for trainee, ok in zip(active, finite, strict=True):
+                if not bool(ok):
+                    bad.setdefault(trainee.name, []).extend(slots)
         if last:
             _stop_if_not_finite(bad, step, world)
         for trainee in active:

@@ -6,7 +6,7 @@ import time
 
 from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import parse_pairs
-from m2mkd_ds.distributed.world import init_world, shutdown
+from m2mkd_ds.distributed.world import World, init_world, shutdown
 from m2mkd_ds.logs import logger, setup_logging
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.loop import Job, train
@@ -32,18 +32,22 @@ def run_phase(config: RunConfig, phase: str, pairs: str = "all") -> None:
     world = init_world()
     setup_logging(world.rank)
     try:
-        ctx = open_run(config, world)
-        node = find_node(config, phase)
-        if not node.launched or phase == "evaluate":
-            trainable = ", ".join([*WHOLE_MODEL_PHASES, *PAIR_PHASES])
-            raise ConfigError(f"--phase {phase}: not a training phase; allowed are {trainable}")
-        print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
-        if phase in PAIR_PHASES:
-            _run_pairs(ctx, node, print_, pairs)
-        else:
-            _run_whole(ctx, node, print_)
+        run_in_world(config, world, phase, pairs)
     finally:
         shutdown()
+
+
+def run_in_world(config: RunConfig, world: World, phase: str, pairs: str = "all") -> None:
+    """As `run_phase`, in a job that was joined already; several phases may follow each other in one process."""
+    ctx = open_run(config, world)
+    node = find_node(config, phase)
+    print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
+    if phase in PAIR_PHASES:
+        _run_pairs(ctx, node, print_, pairs)
+    elif phase in WHOLE_MODEL_PHASES:
+        _run_whole(ctx, node, print_)
+    else:
+        raise ConfigError(f"--phase {phase}: not a training phase; allowed are {', '.join([*WHOLE_MODEL_PHASES, *PAIR_PHASES])}")
 
 
 def _run_whole(ctx: RunContext, node: Node, print_: str) -> None:

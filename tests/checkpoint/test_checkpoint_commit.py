@@ -30,6 +30,11 @@ def writer(value: int) -> Callable[[Path], None]:
     return write
 
 
+def fail(folder: Path) -> None:
+    (folder / "half").write_bytes(b"x")
+    raise RuntimeError("enforce fail: file write failed")
+
+
 def save(root: Path, step: int, value: int, keep: int = 2) -> Path:
     return commit_checkpoint(root, step, writer(value), {"step": step, "value": value}, is_main=True, barrier=no_wait, keep=keep)
 
@@ -165,7 +170,9 @@ def cut() -> None:
 
 @pytest.mark.parametrize("way", ["killed", "raised"])
 @pytest.mark.parametrize("same_step", [False, True])
-def test_stopped_before_any_file_operation_the_old_or_the_new_checkpoint_is_whole(tmp_path: Path, way: str, same_step: bool) -> None:
+def test_stopped_before_any_file_operation_the_old_or_the_new_checkpoint_is_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str, same_step: bool
+) -> None:
     stop = (lambda: os._exit(9)) if way == "killed" else cut
     new = (20, 3) if same_step else (30, 3)
     finished, seen = False, set()
@@ -179,13 +186,22 @@ def test_stopped_before_any_file_operation_the_old_or_the_new_checkpoint_is_whol
             save(root, new[0], new[1])
 
         finished = in_child(work) == 0
-        seen.add(latest_value(root))
-        assert latest_value(root) in ((20, 2), new), count
+        left = latest_value(root)
+        seen.add(left)
+        assert left in ((20, 2), new) and not caplog.text, (count, caplog.text)
+        for name in names(root):
+            if not name.endswith(".tmp"):
+                verify_checkpoint(root / name)
+        # Neither does a save that fails lose it, whatever it has to clear away.
+        with pytest.raises(StoreError, match="enforce fail"):
+            commit_checkpoint(root, 40, fail, {}, is_main=True, barrier=no_wait)
+        assert latest_value(root) == left, count
         # The next save works whatever was left behind, and clears it.
         save(root, 40, 4)
         assert latest_value(root) == (40, 4) and not [name for name in names(root) if not name[5:].isdigit()], (count, names(root))
         assert len(names(root)) == 2
         shutil.rmtree(root)
+        caplog.clear()
         if finished:
             break
     # The loop saw both sides of the commit, and ended because no operation was left to stop at.
@@ -214,11 +230,6 @@ def together(root: Path, step: int, writers: list[Callable[[Path], None]], main_
 
 def part(i: int) -> Callable[[Path], None]:
     return lambda folder: (save_weights(folder / f"part{i}.safetensors", {"w": torch.full((3,), float(i))}), None)[1]
-
-
-def fail(folder: Path) -> None:
-    (folder / "half").write_bytes(b"x")
-    raise RuntimeError("enforce fail: file write failed")
 
 
 def test_all_ranks_parts_are_in_the_one_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,6 +322,23 @@ def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(tmp_path: Pa
 
     monkeypatch.setattr(hf_export, "save_file", full)
     with pytest.raises(StoreError, match="not exported .*No space left on device.*; free space"):
+        export(make_model(), folder, license="apache-2.0")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_at_the_last_rename_puts_the_old_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export(make_model(), tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    replace = os.replace
+
+    def fails_for_the_new_folder(src: Path, dst: Path) -> None:
+        if str(src).endswith(".tmp") and Path(src).is_dir():
+            raise OSError(errno.EIO, "Input/output error")
+        replace(src, dst)
+
+    monkeypatch.setattr(os, "replace", fails_for_the_new_folder)
+    with pytest.raises(StoreError, match="Input/output error"):
         export(make_model(), folder, license="apache-2.0")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

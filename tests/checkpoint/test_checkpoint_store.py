@@ -89,6 +89,19 @@ def test_views_strides_and_shared_storage_are_stored_by_value(tmp_path: Path) ->
     assert torch.equal(back["same"], base) and torch.equal(back["again"], base) and back["spread"].tolist() == [1.0] * 5
 
 
+def test_a_new_file_takes_the_place_of_the_old_one_at_once(tmp_path: Path) -> None:
+    path, record = tmp_path / "w", tmp_path / "r"
+    save_weights(path, {"a": torch.zeros(1000)})
+    write_json_atomic(record, {"old": 1})
+    # Who has the old file open keeps all of it: the new one was renamed over it, not written into it.
+    with path.open("rb") as weights, record.open("rb") as text:
+        before = path.read_bytes(), record.read_bytes()
+        save_weights(path, {"a": torch.ones(1000)})
+        write_json_atomic(record, {"new": 2})
+        assert (weights.read(), text.read()) == before
+    assert read_weights(path)["a"].sum() == 1000 and read_json(record) == {"new": 2}
+
+
 def test_slices_read_only_what_was_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "w"
     save_weights(path, {"big": torch.zeros(1 << 20), "small": torch.arange(3.0)})

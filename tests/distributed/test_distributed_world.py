@@ -77,7 +77,7 @@ def test_a_job_can_be_joined_again() -> None:
 def test_precision_follows_the_cpu_flags() -> None:
     cpu = torch.device("cpu")
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    assert jobs.has_fast_bf16(cpu) == ("avx512_bf16" in flags or "amx_bf16" in flags)
+    assert jobs.has_fast_bf16(cpu) == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
     assert jobs.resolve_precision("auto", cpu) == ("bf16" if jobs.has_fast_bf16(cpu) else "fp32")
     assert [jobs.resolve_precision(p, cpu) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
     with pytest.raises(ValueError, match="precision is 'fp16'; allowed are auto, fp32 and bf16"):

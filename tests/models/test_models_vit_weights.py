@@ -212,7 +212,9 @@ def test_pretrained_positions_are_resized_and_a_head_of_other_classes_is_fresh(
     monkeypatch.setattr(logging.getLogger("m2mkd_ds"), "propagate", True)
     saved = save_locally(tmp_path, num_classes=10)
     arch = VitArch(f"local-dir:{tmp_path}", {}, 7, 64)
-    weights = pretrained_weights(arch, seed=5)
+    with pytest.raises(ValueError, match=r"head of 10 classes and data\.num_classes is 7: an untrained head cannot teach"):
+        pretrained_weights(arch)
+    weights = pretrained_weights(arch, head_seed=5)
     assert "the weights have 10 classes, this run 7" in caplog.text
     # The independent way: torch's antialiased bicubic on the 2 x 2 grid of positions, the class token's kept.
     grid = saved["pos_embed"][:, 1:].reshape(1, 2, 2, 192).permute(0, 3, 1, 2)
@@ -240,12 +242,12 @@ def test_a_siglip_without_its_attention_pool_is_filled_exactly() -> None:
     torch.manual_seed(2)
     saved = timm.create_model("vit_base_patch16_siglip_224", img_size=32, num_classes=0, **args).state_dict()
     arch = VitArch("vit_base_patch16_siglip_gap_224", args, 10, 32)
-    weights = adapt_weights(arch, saved, seed=1)
+    weights = adapt_weights(arch, saved, head_seed=1)
     assert not [name for name in weights if name.startswith("attn_pool")]
     assert all(torch.equal(tensor, saved[name]) for name, tensor in weights.items() if not name.startswith("head."))
     saved.pop("blocks.1.attn.qkv.weight")
     with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.weight"):
-        adapt_weights(arch, saved)
+        adapt_weights(arch, saved, head_seed=1)
 
 
 def test_weights_that_do_not_fill_the_model_are_an_error() -> None:

@@ -77,11 +77,19 @@ def test_values_and_gradients_equal_plain_indexing(k: int) -> None:
 
 
 def test_bf16_rows_are_summed_in_fp32() -> None:
-    # 1 + 2^-9 + 2^-9 = 1 + 2^-8 in fp32, which rounds to the bf16 number 1 + 2^-7 or 1; summed in bf16 each 2^-9 would vanish.
+    # 1 + 4 * 2^-9 = 1 + 2^-7, a bf16 number; summed in bf16 each 2^-9, a quarter of the last place, would vanish.
     plan = make_plan(torch.tensor([[0, 1, 2, 3, 4]]), 5)
     rows_RD = torch.tensor([[1.0], [2**-9], [2**-9], [2**-9], [2**-9]]).bfloat16()
     assert combine(rows_RD, torch.ones(1, 5), plan).item() == 1 + 2**-7
     assert sum(rows_RD[:, 0].unbind()).item() == 1.0  # type: ignore[union-attr]
+
+
+def test_bf16_gradients_of_a_token_are_summed_in_fp32() -> None:
+    # The same numbers on the way back: one token, five rows.
+    x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows_RD = permute(x_TD, make_plan(torch.tensor([[0, 1, 2, 3, 4]]), 5))
+    rows_RD.backward(torch.tensor([[1.0], [2**-9], [2**-9], [2**-9], [2**-9]]).bfloat16())
+    assert x_TD.grad is not None and x_TD.grad.item() == 1 + 2**-7
 
 
 def test_repeated_runs_are_bitwise_equal_and_strided_input_works() -> None:

@@ -48,7 +48,7 @@ def results() -> dict[str, Any]:
     generator = random.Random(1)
     loads = {
         name: {str(block): [generator.randint(200, 2200) for _ in range(EXPERTS)] for block in range(BLOCKS)}
-        for name in ("student", "baseline")
+        for name in ("baseline", "student", "student_cold")
     }
     loads["student"]["4"][3] = 0
     return {

@@ -36,7 +36,9 @@ def make_trainee(
 ) -> Trainee:
     """Optimizer, DeepSpeed engine and (if asked for) the moving average around `module`."""
     precision = ctx.precision(phase.precision)
-    settings = resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=precision)
+    # Field names in errors are those of the config: the control run borrows end_to_end's.
+    owner = {"baseline": "end_to_end"}.get(name, name.split(" ")[0])
+    settings = resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=precision, where=owner)
     module.to(ctx.world.device).train()
     average = copy.deepcopy(module).eval() if phase.ema_decay else None
     engine = DeepSpeedEngine(module, build_adamw(module, phase), settings, ctx.world, ema_decay=phase.ema_decay)

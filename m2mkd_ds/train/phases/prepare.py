@@ -27,6 +27,8 @@ from m2mkd_ds.train.steps import StepOutput, aligned_step, supervised_step
 LABELS_ONLY = DistillConfig(kd_weight=0.0)
 """modular_train is the m2mKD step without a teacher."""
 
+TEACHER_SEED_OFFSET = 1
+
 
 def pretrain_meta(ctx: RunContext) -> Job:
     """M on labels; with a pretrained teacher M starts from the teacher's own blocks and also learns to follow its stages."""
@@ -54,7 +56,9 @@ def modular_train(ctx: RunContext, chosen: tuple[int, ...]) -> Job:
     phase = ctx.config.modular_train
     pairs = tuple(ctx.pairs[i] for i in chosen)
     meta = load_meta(ctx, FrozenMeta.needed_stages(pairs), ctx.dtype(phase.precision))
-    modules = {p.index: build_stage(ctx.teacher_arch, p.teacher, seed=ctx.config.seed, drop_path=phase.drop_path) for p in pairs}
+    # A block's fresh weights depend on seed and number only; another seed keeps T_i from starting as a copy of M's blocks.
+    seed = ctx.config.seed + TEACHER_SEED_OFFSET
+    modules = {p.index: build_stage(ctx.teacher_arch, p.teacher, seed=seed, drop_path=phase.drop_path) for p in pairs}
     return pair_job(ctx, "modular_train", phase, modules, meta, teachers={}, loss=LABELS_ONLY)
 
 

@@ -1,0 +1,167 @@
+"""What the ranks of test_train_parity.py run: phases of a very small run on digits, in several arrangements.
+
+    python train_job.py OUT MODE      MODE: one (1 rank) | two (2 ranks)
+Every arrangement writes its own run folder below OUT; the test compares the weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2mkd_ds.config import AugmentConfig, PhaseConfig, RunConfig
+from m2mkd_ds.distributed.world import World, barrier, init_world, shutdown
+from m2mkd_ds.recipes import get_recipe
+from m2mkd_ds.teacher.feed import TeacherBatch
+from m2mkd_ds.train import loop, run_phase
+from m2mkd_ds.train.context import open_run
+from m2mkd_ds.train.local_nodes import assemble, split
+from m2mkd_ds.train.phases import jobs
+from m2mkd_ds.train.steps import StepOutput
+
+MICRO_BATCH = 8
+STEPS = 4
+
+
+def small_config(out: Path, name: str, world_size: int) -> RunConfig:
+    """Three uneven pairs, mixup and drop-path on, one global batch whatever the number of ranks."""
+    base = get_recipe("tiny")
+    phase = PhaseConfig(
+        epochs=1.0, max_steps=STEPS, micro_batch_size=MICRO_BATCH, gradient_accumulation_steps=4 // world_size, lr=2e-3, lr_batch=0,
+        # The gradient of an attention key's bias is exactly zero in theory, so in practice it is rounding noise, and AdamW divides
+        # noise by its own size. An eps above that noise keeps such weights from turning the order of a sum into a step.
+        eps=1e-6,
+        warmup_epochs=0.25, clip_grad=0.5, drop_path=0.2, precision="fp32", ds_config="zero2", eval_epochs=0.0, checkpoint_steps=2,
+        log_steps=1,
+    )  # fmt: skip
+    augment = AugmentConfig(crop_scale=(0.5, 1.0), hflip=0.5, mixup=0.8, cutmix=1.0, random_erase=0.25, label_smoothing=0.1)
+    data = replace(base.data, augment=augment, train=str(out / "shards" / "train"), validation=str(out / "shards" / "validation"))
+    teacher = replace(base.teacher, arch_args={"patch_size": 4, "embed_dim": 32, "depth": 5, "num_heads": 2}, depths=(2, 1, 2))
+    student = replace(base.student, embed_dim=16, depths=(1, 2, 1))
+    return replace(
+        base, run_dir=str(out / name), data=data, teacher=teacher, meta=replace(base.meta, depths=(1, 2, 1)), student=student,
+        pretrain_meta=phase, modular_train=phase, assemble_finetune=replace(phase, ds_config="zero1"), m2mkd=phase,
+        end_to_end=replace(phase, ema_decay=0.5),
+    )  # fmt: skip
+
+
+INPUTS = {
+    "pretrain_meta": (),
+    "modular_train": ("pretrain_meta",),
+    "assemble_finetune": ("modular_train",),
+    "m2mkd": ("pretrain_meta", "split"),
+    "end_to_end": ("assemble",),
+}
+"""What each phase reads."""
+
+
+def run_chain(config: RunConfig, world: World) -> None:
+    """From meta model to fine-tuned student."""
+    for phase in ("pretrain_meta", "modular_train", "assemble_finetune"):
+        run_phase.run_in_world(config, world, phase)
+    local(config, world, split)
+    run_phase.run_in_world(config, world, "m2mkd")
+    local(config, world, assemble)
+    run_phase.run_in_world(config, world, "end_to_end")
+
+
+def each_phase_from(source: Path, config: RunConfig, world: World) -> None:
+    """Every phase once, each from the very inputs that the run in `source` had, so that differences do not add up."""
+    for phase in INPUTS:
+        run_phase.run_in_world(start_from(config, world, f"two_{phase}", phase, source), world, phase)
+
+
+def local(config: RunConfig, world: World, node: Callable[..., None]) -> None:
+    if world.rank == 0:
+        node(open_run(config, world))
+    barrier()
+
+
+def start_from(config: RunConfig, world: World, name: str, phase: str, source: Path) -> RunConfig:
+    """A new run folder that holds the inputs of `phase` as the run in `source` made them."""
+    new = replace(config, run_dir=str(source.with_name(name)))
+    if world.rank == 0:
+        for node in INPUTS[phase]:
+            shutil.copytree(source / node, Path(new.run_dir) / node)
+    barrier()
+    return new
+
+
+def single_pair_jobs(config: RunConfig, world: World, mode: str, source: Path) -> None:
+    """Three jobs of one pair each, in another order."""
+    separate = start_from(config, world, f"{mode}_separate", "m2mkd", source)
+    for pair in ("2", "0", "1"):
+        run_phase.run_in_world(separate, world, "m2mkd", pair)
+
+
+def interrupted(config: RunConfig, world: World, mode: str, phase: str, source: Path, at_step: int) -> None:
+    """Stop the phase at `at_step`, after the checkpoint of step 2, by an exception; then run it again to the end."""
+    again = start_from(config, world, f"{mode}_interrupted_{phase}", phase, source)
+    original = loop._train_step
+
+    def failing(job: loop.Job, feed: object, active: list[loop.Trainee], step: int, log: bool) -> None:
+        if step == at_step:
+            raise KeyboardInterrupt("stopped by the test")
+        original(job, feed, active, step, log)  # type: ignore[arg-type]
+
+    loop._train_step = failing
+    try:
+        run_phase.run_in_world(again, world, phase)
+    except KeyboardInterrupt:
+        (Path(again.run_dir) / f"stopped_{world.rank}").touch()
+    finally:
+        loop._train_step = original
+    run_phase.run_in_world(again, world, phase)
+
+
+def poisoned(config: RunConfig, world: World, mode: str, source: Path) -> None:
+    """A NaN loss on the last rank only, at step 2: every rank must stop with the same error before the step."""
+    bad = start_from(config, world, f"{mode}_nan", "pretrain_meta", source)
+    original = jobs.make_trainee
+
+    def poison(*args: Any, **options: Any) -> loop.Trainee:
+        trainee = original(*args, **options)
+        inner = trainee.step_fn
+
+        def step(batch: TeacherBatch, log: bool) -> StepOutput:
+            output = inner(batch, log)
+            hit = trainee.step == 2 and world.rank == world.size - 1
+            return replace(output, loss=output.loss * float("nan")) if hit else output
+
+        trainee.step_fn = step
+        return trainee
+
+    jobs.make_trainee = poison
+    try:
+        run_phase.run_in_world(bad, world, "pretrain_meta")
+    except loop.NonFiniteLossError as err:
+        (Path(bad.run_dir) / f"error_{world.rank}.txt").write_text(str(err))
+    finally:
+        jobs.make_trainee = original
+
+
+def main() -> None:
+    out, mode = Path(sys.argv[-2]), sys.argv[-1]  # the launcher puts --local_rank in front
+    torch.set_num_threads(1)
+    world = init_world()
+    source = out / "one"
+    config = small_config(out, mode, world.size)
+    if mode == "one":
+        run_chain(config, world)
+    else:
+        each_phase_from(source, config, world)
+    single_pair_jobs(config, world, mode, source)
+    interrupted(config, world, mode, "m2mkd", source, at_step=3)
+    interrupted(config, world, mode, "end_to_end", source, at_step=3)
+    poisoned(config, world, mode, source)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
