@@ -97,19 +97,19 @@ def train(
     """Train one phase; start it with the launcher: deepspeed --num_gpus 2 --module m2mkd_ds train --config RUN/config.yaml --phase m2mkd.
 
     Args:
-        phase: pretrain_meta | modular_train | assemble_finetune | m2mkd | end_to_end | baseline.
+        phase: pretrain_meta | modular_train | assemble_finetune | m2mkd | end_to_end | baseline; several, comma-separated, share
+            one launch (split, assemble and evaluate may stand between them).
         config: Resolved config of a run (RUN/config.yaml). This or --recipe.
         recipe: Name of a recipe (see `m2mkd recipes`).
         run_dir: Run folder; the recipe's name under runs/ by default.
         pair: For modular_train and m2mkd: `all`, or pair numbers such as 0,2.
         set: Override config fields.
     """
-    if phase not in PHASES:
-        raise ConfigError(f"--phase {phase}: allowed are {', '.join(PHASES)}")
-    resolved = _with_ds_config(_resolve(config, recipe, run_dir, set), phase)
-    from m2mkd_ds.train.run_phase import run_phase
+    names = phase.split(",")
+    resolved = _with_ds_config(_resolve(config, recipe, run_dir, set), names)
+    from m2mkd_ds.train.run_phase import run_phases
 
-    run_phase(resolved, phase, pair)
+    run_phases(resolved, names, pair)
 
 
 @app.command
@@ -134,7 +134,6 @@ def pipeline(
         dry_run: Print the DAG, what would run or be skipped and why, and the `deepspeed` commands; run nothing.
         set: Override config fields.
     """
-    from m2mkd_ds.report import format_table
     from m2mkd_ds.train.pipeline import run_pipeline
 
     setup_logging()
@@ -144,9 +143,8 @@ def pipeline(
     if dry_run:
         out(text)
         return
-    results = Path(resolved.run_dir) / "evaluate" / "results.json"
-    if results.is_file() and not only:
-        out(format_table(json.loads(results.read_text())))
+    if not only:
+        _print_results(Path(resolved.run_dir))
     report = Path(resolved.run_dir) / "report" / "report.html"
     if report.is_file():
         out(f"report: {report.resolve()}")
@@ -165,12 +163,13 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: Path | None = N
     """
     setup_logging()
     if (path / "config.yaml").is_file():
-        from m2mkd_ds.train.evaluate_run import evaluate_run
+        from m2mkd_ds.train.run_phase import run_phases
 
         config = load(path / "config.yaml")
         if validation is not None:
             config = replace(config, data=replace(config.data, validation=str(validation.resolve())))
-        evaluate_run(replace(config, run_dir=str(path.resolve())))
+        run_phases(replace(config, run_dir=str(path.resolve())), ["evaluate"])
+        _print_results(path)
     elif (path / "config.json").is_file():
         from m2mkd_ds.train.evaluate_export import evaluate_export
 
@@ -239,6 +238,15 @@ def doctor() -> None:
     out(describe_machine())
 
 
+def _print_results(run: Path) -> None:
+    """The closing table, from rank 0 only."""
+    from m2mkd_ds.report import format_table
+
+    results = run / "evaluate" / "results.json"
+    if results.is_file() and os.environ.get("RANK", "0") == "0":
+        out(format_table(json.loads(results.read_text())))
+
+
 def _report_node(ctx: RunContext) -> None:
     """The DAG's last node: report room and node record meet here, because no room below may import both."""
     from m2mkd_ds.report import build_report
@@ -294,13 +302,11 @@ def _ensure_shards(config: RunConfig) -> RunConfig:
     return config
 
 
-def _with_ds_config(config: RunConfig, phase: str) -> RunConfig:
-    """Apply `--deepspeed_config FILE` to the phase at hand."""
+def _with_ds_config(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """Apply `--deepspeed_config FILE` to the training phases at hand."""
     file = os.environ.pop("M2MKD_DS_CONFIG", "")
-    if not file:
-        return config
-    owner = "end_to_end" if phase == "baseline" else phase
-    return replace(config, **{owner: replace(getattr(config, owner), ds_config=file)})
+    owners = {"end_to_end" if name == "baseline" else name for name in names if name in PHASES}
+    return replace(config, **{owner: replace(getattr(config, owner), ds_config=file) for owner in owners}) if file else config
 
 
 def take_launcher_flags(argv: Sequence[str]) -> list[str]:

@@ -88,7 +88,7 @@ class TeacherConfig:
     depths: tuple[int, ...] = (6, 6, 6, 6)
     """Blocks per stage; their number is N, the number of teaching pairs; their sum is the depth of the teacher."""
     source: Literal["incubate", "pretrained"] = "incubate"
-    """incubate: Deep Incubation (pretrain_meta, modular_train, assemble_finetune). pretrained: read `weights`, train only the meta model."""
+    """incubate: Deep Incubation (pretrain_meta, modular_train, assemble_finetune). pretrained: `weights`, only M is trained."""
     weights: str = ""
     """For source=pretrained: a .safetensors or .pth file, or `timm` for the weights that timm's hub entry of `arch` names."""
     feed: Literal["colocated"] = "colocated"
@@ -225,6 +225,8 @@ class LaunchConfig:
     """Further launcher flags, word by word."""
     threads_per_rank: int = 1
     """OMP_NUM_THREADS of a rank."""
+    one_job: bool = False
+    """Run neighbouring nodes in one launch: saves about ten seconds of start-up each, which matters for small runs only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,9 +293,7 @@ def _check(config: RunConfig) -> None:
     if config.teacher.source == "pretrained" and not config.teacher.weights:
         raise ConfigError("teacher.source=pretrained needs teacher.weights: a .safetensors or .pth file, or `timm`")
     if config.student.embed_dim % config.student.num_heads:
-        raise ConfigError(
-            f"student.embed_dim {config.student.embed_dim} is not a multiple of student.num_heads {config.student.num_heads}"
-        )
+        raise ConfigError(f"student.embed_dim {config.student.embed_dim} is not a multiple of student.num_heads {config.student.num_heads}")
     if not 0.0 <= config.distill.kd_weight <= 1.0:
         raise ConfigError(f"distill.kd_weight is {config.distill.kd_weight}; allowed is 0 (no teacher) to 1 (no labels)")
     if config.distill.temperature <= 0:
@@ -302,9 +302,7 @@ def _check(config: RunConfig) -> None:
     if not 1 <= moe.router.top_k <= moe.num_experts:
         raise ConfigError(f"student.moe.router.top_k is {moe.router.top_k}; allowed is 1 to student.moe.num_experts = {moe.num_experts}")
     if config.data.image_size % config.student.patch_size:
-        raise ConfigError(
-            f"data.image_size {config.data.image_size} is not a multiple of student.patch_size {config.student.patch_size}"
-        )
+        raise ConfigError(f"data.image_size {config.data.image_size} is not a multiple of student.patch_size {config.student.patch_size}")
     for phase in ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end"):
         p: PhaseConfig = getattr(config, phase)
         for key in ("micro_batch_size", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):

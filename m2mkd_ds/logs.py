@@ -55,6 +55,7 @@ class Progress:
         self._start_done, self._started = start, time.monotonic()
         self._last_line = self._started
         self._bar: RichProgress | None = None
+        self._note = ""
 
     def __enter__(self) -> Progress:
         if self.enabled and sys.stderr.isatty():
@@ -76,7 +77,8 @@ class Progress:
         """Count `n` more units as done."""
         self.done += n
         if self._bar is not None:
-            self._bar.update(self._task, advance=n, **({"note": note} if note else {}))
+            self._note = note or self._note
+            self._bar.update(self._task, advance=n, note=self._note)
             return
         now = time.monotonic()
         if self.enabled and now - self._last_line >= PLAIN_INTERVAL_S:

@@ -57,6 +57,13 @@ class LegacyCheckpoint:
         found = (re.match(r"stitches\.(\d+\.(?:pre|post))\.", name) for name in self.tensors)
         return tuple(sorted({match[1] for match in found if match}))
 
+    def __str__(self) -> str:
+        what = "whole model" if self.stage is None else f"stage {self.stage}"
+        name = f"{self.model_name}, " if self.model_name else ""
+        sparse = f", {len(self.experts)} sparse blocks" if self.experts else ""
+        stitches = f", stitches {', '.join(self.stitches)}" if self.stitches else ""
+        return f"{what} of depths {list(self.depths)}, {len(self.tensors)} tensors{sparse}{stitches} ({name}{self.layout})"
+
     def metadata(self) -> dict[str, str]:
         """The description as safetensors metadata."""
         plain = {"depths": self.depths, "stage": self.stage, "experts": self.experts, "stitches": self.stitches}
@@ -79,8 +86,7 @@ def read_legacy(
         result = _read_one(parts[0], wanted, stage)
     else:
         result = _read_several(parts, wanted, stage)
-    what = "whole model" if result.stage is None else f"stage {result.stage}"
-    _log.info("%s: %s of depths %s, %d tensors (%s)", parts[0].where, what, list(result.depths), len(result.tensors), result.layout)
+    _log.info("%s: %s", parts[0].where, result)
     return result
 
 

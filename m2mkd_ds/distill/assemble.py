@@ -22,9 +22,7 @@ DROP_STITCHES = Drop(r"stitches\..*", "the assembled student has no stitch layer
 
 def pair_stitches(pairs: Sequence[TeachingPair], arch: VMoEArch, teacher_width: int) -> tuple[StitchSpec, ...]:
     """Stitch layers of all the given pairs, in running order."""
-    return tuple(
-        spec for pair in pairs for spec in stitch_specs(pair, teacher_width=teacher_width, student_width=arch.embed_dim)
-    )
+    return tuple(spec for pair in pairs for spec in stitch_specs(pair, teacher_width=teacher_width, student_width=arch.embed_dim))
 
 
 def assemble_student(

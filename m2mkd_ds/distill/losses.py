@@ -64,9 +64,7 @@ def pair_loss(student_BV: Tensor, teacher_BV: Tensor | None, targets_BV: Tensor,
     return PairLoss(total=(1.0 - config.kd_weight) * task + config.kd_weight * kd, task=task, kd=kd)
 
 
-def logit_gradient_norms(
-    student_BV: Tensor, teacher_BV: Tensor | None, targets_BV: Tensor, config: DistillConfig
-) -> dict[str, float]:
+def logit_gradient_norms(student_BV: Tensor, teacher_BV: Tensor | None, targets_BV: Tensor, config: DistillConfig) -> dict[str, float]:
     """Norms of d(task)/d(logits) and d(kd)/d(logits): what each term really pulls with, before its weight.
 
     Works on a detached copy of the logits, so it costs a pass through the loss only (B x V numbers) and touches neither the

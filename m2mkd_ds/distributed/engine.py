@@ -60,6 +60,10 @@ class Engine(Protocol):
         """The weights (`ema`: their moving average) as fp32 CPU tensors under the module's own names, the same on every rank."""
         ...
 
+    def close(self) -> None:
+        """Let go of the module and of all buffers."""
+        ...
+
 
 class _Outputs(nn.Module):
     """Calls the module and lists every tensor in its output, however nested.

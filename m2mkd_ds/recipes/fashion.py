@@ -27,7 +27,8 @@ def fashion() -> RunConfig:
     Hardware:  2 CPU cores (2 ranks).
     """
     phase = PhaseConfig(
-        epochs=2, micro_batch_size=64, lr=1.5e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=0.2, warmup_lr=1e-5, clip_grad=1.0, precision="fp32",
+        epochs=2, micro_batch_size=64, lr=1.5e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=0.2, warmup_lr=1e-5, clip_grad=1.0,
+        precision="fp32",
         eval_epochs=1.0, checkpoint_steps=250, log_steps=20,
     )  # fmt: skip
     return RunConfig(
@@ -51,7 +52,7 @@ def fashion() -> RunConfig:
         assemble_finetune=replace(phase, warmup_epochs=0.0, lr=5e-4),
         m2mkd=phase,
         end_to_end=replace(phase, warmup_epochs=0.0, lr=1e-3),
-        launch=LaunchConfig(num_gpus=2),
+        launch=LaunchConfig(num_gpus=2, one_job=True),
         export=ExportConfig(license="mit"),
     )  # fmt: skip
 

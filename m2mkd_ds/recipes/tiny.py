@@ -26,7 +26,8 @@ def tiny() -> RunConfig:
     Expected:  about 90 % and more for every trained model; too small and too short to compare methods.
     """
     phase = PhaseConfig(
-        epochs=12, micro_batch_size=32, lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, warmup_lr=1e-5, clip_grad=1.0, precision="fp32",
+        epochs=12, micro_batch_size=32, lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, warmup_lr=1e-5, clip_grad=1.0,
+        precision="fp32",
         eval_epochs=0.0, checkpoint_steps=100, log_steps=5,
     )  # fmt: skip
     return RunConfig(
@@ -49,7 +50,7 @@ def tiny() -> RunConfig:
         assemble_finetune=replace(phase, epochs=4, warmup_epochs=0.0, lr=5e-4),
         m2mkd=phase,
         end_to_end=replace(phase, epochs=6, warmup_epochs=0.0, lr=1e-3),
-        launch=LaunchConfig(num_gpus=2),
+        launch=LaunchConfig(num_gpus=2, one_job=True),
     )  # fmt: skip
 
 

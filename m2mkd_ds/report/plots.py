@@ -24,6 +24,7 @@ ACCENT = {"student": "#D55E00", "baseline": "#6b7785", "teacher": "#0072B2", "me
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "m2mkd_ds",
+    "text.parse_math": False,  # a model name with a $ in it is no formula
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,

@@ -63,9 +63,7 @@ def open_run(config: RunConfig, world: World) -> RunContext:
     train_index, val_index = check_data(config.data)
     teacher_arch, meta_arch = check_models(config)
     pairs = teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths)
-    return RunContext(
-        config, Path(config.run_dir), world, train_index, val_index, teacher_arch, meta_arch, arch_from_config(config), pairs
-    )
+    return RunContext(config, Path(config.run_dir), world, train_index, val_index, teacher_arch, meta_arch, arch_from_config(config), pairs)
 
 
 def check_models(config: RunConfig) -> tuple[VitArch, VitArch]:
@@ -102,5 +100,3 @@ def load_teacher_module(ctx: RunContext, index: int, dtype: torch.dtype) -> nn.M
 def load_teacher_stages(ctx: RunContext, dtype: torch.dtype) -> list[nn.Module]:
     """All teacher modules in running order: together, the whole teacher."""
     return [load_teacher_module(ctx, pair.index, dtype) for pair in ctx.pairs]
-
-

@@ -1,10 +1,10 @@
 """The node `evaluate`: every model of a run on every validation image, decoded once, with the meta prefix chain run once.
 
-    meta, teacher            whole models
-    teacher_hybrid_i         T_i between meta stages: what the student of pair i is taught by
-    student_hybrid_i         S_i (with stitches) between meta stages: what m2mkd trained
-    student_cold             the S_i put together, before any end-to-end step
-    student, baseline        after end_to_end; from scratch with as many steps
+meta, teacher            whole models
+teacher_hybrid_i         T_i between meta stages: what the student of pair i is taught by
+student_hybrid_i         S_i (with stitches) between meta stages: what m2mkd trained
+student_cold             the S_i put together, before any end-to-end step
+student, baseline        after end_to_end; from scratch with as many steps
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from torch import Tensor, nn
 
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_weights, write_json_atomic
-from m2mkd_ds.config import RunConfig
 from m2mkd_ds.distill.hybrid import FrozenMeta, freeze
-from m2mkd_ds.distill.pairs import stitch_specs
-from m2mkd_ds.distributed.world import barrier, init_world, shutdown
-from m2mkd_ds.logs import logger, setup_logging
+from m2mkd_ds.distill.pairs import TeachingPair, stitch_specs
+from m2mkd_ds.distributed.world import barrier
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, count_parameters
-from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages, open_run
+from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
 from m2mkd_ds.train.evaluate import Output, Score, paired_interval
-from m2mkd_ds.train.nodes import find_node, fingerprint, missing_files, read_done, write_done
+from m2mkd_ds.train.nodes import Node, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 from m2mkd_ds.train.phases.jobs import run_evaluation
 from m2mkd_ds.train.steps import unpack
@@ -38,34 +36,22 @@ Hidden = dict[int, Tensor]
 Model = Callable[[Hidden], Output]
 
 
-def evaluate_run(config: RunConfig) -> None:
-    """Write RUN/evaluate/results.json and the predictions of every model. Does nothing when that is there and still valid."""
-    world = init_world()
-    setup_logging(world.rank)
-    try:
-        ctx = open_run(config, world)
-        node = find_node(config, "evaluate")
-        print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
-        folder = ctx.root / "evaluate"
-        done = read_done(folder)
-        if done is not None and done["fingerprint"] == print_ and not missing_files(folder, done):
-            logger.info("evaluate: complete, nothing to do")
-            return
-        started = time.time()
-        models, sizes = build_models(ctx)
-        meta = load_meta(ctx, set(range(len(ctx.pairs))), torch.float32)
-        scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
-        if world.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            results = summarise_scores(scores, sizes, seed=config.seed, world_size=world.size)
-            write_json_atomic(folder / "results.json", results)
-            write_json_atomic(folder / "predictions.json", {name: s.predictions_N.tolist() for name, s in scores.items()})
-            files = [folder / "results.json", folder / "predictions.json"]
-            images = ctx.val_index.num_samples
-            write_done(folder, node, config, print_, files, wall_s=time.time() - started, images=images, world_size=world.size)
-        barrier()
-    finally:
-        shutdown()
+def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
+    """Write RUN/evaluate: results.json, the predictions of every model, and done.json for the fingerprint `print_`."""
+    folder = ctx.root / node.name
+    started = time.time()
+    models, sizes = build_models(ctx)
+    meta = load_meta(ctx, set(range(len(ctx.pairs))), torch.float32)
+    scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
+    if ctx.world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = summarise_scores(scores, sizes, seed=ctx.config.seed, world_size=ctx.world.size)
+        write_json_atomic(folder / "results.json", results)
+        write_json_atomic(folder / "predictions.json", {name: s.predictions_N.tolist() for name, s in scores.items()})
+        files = [folder / "results.json", folder / "predictions.json"]
+        facts = {"wall_s": time.time() - started, "images": ctx.val_index.num_samples, "world_size": ctx.world.size}
+        write_done(folder, node, ctx.config, print_, files, **facts)
+    barrier()
 
 
 def build_models(ctx: RunContext) -> tuple[Callable[[FrozenMeta], dict[str, Model]], dict[str, tuple[int, int]]]:
@@ -88,23 +74,32 @@ def build_models(ctx: RunContext) -> tuple[Callable[[FrozenMeta], dict[str, Mode
             "teacher": lambda h: (_chain(teacher, h[0]), {}),
         }
         for pair in ctx.pairs:
-            named[f"teacher_hybrid_{pair.index}"] = lambda h, p=pair: (meta.suffix(p, teacher[p.index](h[p.index])), {})
-
-            def hybrid(h: Hidden, p: Any = pair) -> Output:
-                output, _, stats = unpack(pair_students[p.index](h[p.index]))
-                return meta.suffix(p, output), stats
-
-            named[f"student_hybrid_{pair.index}"] = hybrid
-        for name, module in whole_students.items():
-
-            def whole(h: Hidden, m: nn.Module = module) -> Output:
-                logits, _, stats = unpack(m(h[0]))
-                return logits, stats
-
-            named[name] = whole
+            named[f"teacher_hybrid_{pair.index}"] = _hybrid(meta, pair, teacher[pair.index])
+            named[f"student_hybrid_{pair.index}"] = _hybrid(meta, pair, pair_students[pair.index])
+        named |= {name: _on_images(module) for name, module in whole_students.items()}
         return named
 
     return models, _sizes(ctx, teacher, whole_students)
+
+
+def _hybrid(meta: FrozenMeta, pair: TeachingPair, module: nn.Module) -> Model:
+    """The module of a pair between meta stages."""
+
+    def forward(hidden: Hidden) -> Output:
+        output, _, stats = unpack(module(hidden[pair.index]))
+        return meta.suffix(pair, output), stats
+
+    return forward
+
+
+def _on_images(module: nn.Module) -> Model:
+    """A whole model."""
+
+    def forward(hidden: Hidden) -> Output:
+        logits, _, stats = unpack(module(hidden[0]))
+        return logits, stats
+
+    return forward
 
 
 def _chain(stages: list[nn.Module], x: Tensor) -> Tensor:
@@ -137,9 +132,7 @@ def _sizes(ctx: RunContext, teacher: list[nn.Module], students: dict[str, nn.Mod
     return sizes
 
 
-def summarise_scores(
-    scores: dict[str, Score], sizes: dict[str, tuple[int, int]], *, seed: int, world_size: int
-) -> dict[str, Any]:
+def summarise_scores(scores: dict[str, Score], sizes: dict[str, tuple[int, int]], *, seed: int, world_size: int) -> dict[str, Any]:
     """The content of results.json."""
     taught = scores["teacher"].predictions_N
     models = {}

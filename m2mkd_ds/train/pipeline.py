@@ -16,6 +16,7 @@ from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.launch import launch_command, run_launched, spell
 from m2mkd_ds.train.nodes import Node, NodeState, build_dag, missing_files, node_state, read_done
+from m2mkd_ds.train.run_phase import RUNNABLE
 
 LocalRunner = Callable[[RunContext], None]
 
@@ -28,6 +29,11 @@ class Planned:
     state: NodeState
     wanted: bool
     """Whether --until / --only leave it in."""
+
+    @property
+    def action(self) -> str:
+        """skip (complete), run, or leave (not wanted)."""
+        return "skip" if self.state.complete else "run" if self.wanted else "leave"
 
 
 def write_config(config: RunConfig) -> Path:
@@ -58,29 +64,41 @@ def plan_run(ctx: RunContext, *, until: str = "", only: str = "") -> list[Planne
     return planned
 
 
-def verb_of(node: Node, config_file: Path) -> list[str]:
-    """Words behind `deepspeed --module m2mkd_ds` (or `m2mkd`) that run just this node."""
-    if node.name == "evaluate":
-        return ["eval", str(config_file.parent)]
-    return ["train", "--config", str(config_file), "--phase", node.name]
+def train_verb(names: list[str], config_file: Path) -> list[str]:
+    """Words behind `deepspeed --module m2mkd_ds` that run these nodes."""
+    return ["train", "--config", str(config_file), "--phase", ",".join(names)]
+
+
+def group(todo: list[Node], *, one_job: bool) -> list[list[Node]]:
+    """Nodes that share a launch: each its own, or (`launch.one_job`) every run of neighbours that a launched job can run."""
+    groups: list[list[Node]] = []
+    for node in todo:
+        joins = one_job and node.name in RUNNABLE and groups and groups[-1][0].name in RUNNABLE
+        if joins:
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+    return groups
 
 
 def describe_plan(ctx: RunContext, planned: list[Planned]) -> str:
-    """What `--dry-run` prints: the DAG with decisions, reasons and the commands that would run."""
-    config_file = (ctx.root / "config.yaml").resolve()
+    """What `--dry-run` prints: the DAG with decisions and reasons, then the commands that would run."""
     lines = []
     for item in planned:
-        action = "skip" if item.state.complete else "run" if item.wanted else "leave"
         inputs = f" <- {', '.join(item.node.inputs)}" if item.node.inputs else ""
-        lines.append(f"{action:5} {item.node.name}{inputs}: {item.state.reason}")
-        if action == "run" and item.node.launched:
-            lines.append("        " + spell(launch_command(ctx.config.launch, verb_of(item.node, config_file))))
-    return "\n".join(lines)
+        lines.append(f"{item.action:5} {item.node.name}{inputs}: {item.state.reason}")
+    config_file = (ctx.root / "config.yaml").resolve()
+    commands = []
+    for nodes in group([item.node for item in planned if item.action == "run"], one_job=ctx.config.launch.one_job):
+        if any(node.launched for node in nodes):
+            names = [node.name for node in nodes]
+            commands.append(spell(launch_command(ctx.config.launch, train_verb(names, config_file))))
+        else:
+            commands.append(f"(in this process) {nodes[0].name}")
+    return "\n".join([*lines, *(["", "commands:", *commands] if commands else [])])
 
 
-def run_pipeline(
-    config: RunConfig, runners: Mapping[str, LocalRunner], *, until: str = "", only: str = "", dry_run: bool = False
-) -> str:
+def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until: str = "", only: str = "", dry_run: bool = False) -> str:
     """Bring the run up to date and return what was (or would be) done.
 
     `runners` brings the nodes of other rooms (export, report) by name. Raises ConfigError before any compute is spent,
@@ -93,18 +111,24 @@ def run_pipeline(
         return text
     config_file = write_config(config)
     local = {"split": local_nodes.split, "assemble": local_nodes.assemble, **runners}
-    todo = [item for item in planned if item.wanted and not item.state.complete]
-    logger.info("pipeline %s in %s: %d nodes to run, %d skipped", config.name, config.run_dir, len(todo),
-                sum(item.state.complete for item in planned))  # fmt: skip
-    for number, item in enumerate(todo, 1):
-        node, started = item.node, time.monotonic()
-        logger.info("[%d/%d] %s (%s)", number, len(todo), node.name, item.state.reason)
-        if node.launched:
-            run_launched(config.launch, verb_of(node, config_file))
+    groups = group([item.node for item in planned if item.action == "run"], one_job=config.launch.one_job)
+    skipped = sum(item.state.complete for item in planned)
+    logger.info("pipeline %s in %s: %d nodes to run, %d complete", config.name, config.run_dir, sum(map(len, groups)), skipped)
+    for nodes in groups:
+        names, started = [node.name for node in nodes], time.monotonic()
+        logger.info("== %s ==", ", ".join(names))
+        if any(node.launched for node in nodes):
+            run_launched(config.launch, train_verb(names, config_file))
         else:
-            local[node.name](ctx)
-        done = read_done(ctx.root / node.name)
-        if done is None or missing_files(ctx.root / node.name, done):
-            raise RuntimeError(f"{node.name} ended without a result in {ctx.root / node.name}; its log is above")
-        logger.info("[%d/%d] %s done in %s", number, len(todo), node.name, format_seconds(time.monotonic() - started))
+            local[names[0]](ctx)
+        for name in names:
+            _require_result(ctx.root / name)
+        logger.info("== %s: %s ==", ", ".join(names), format_seconds(time.monotonic() - started))
     return text
+
+
+def _require_result(folder: Path) -> None:
+    """The launcher's exit code alone does not prove that a node was finished."""
+    done = read_done(folder)
+    if done is None or missing_files(folder, done):
+        raise RuntimeError(f"{folder.name} ended without a result in {folder}; its log is above")

@@ -1,14 +1,22 @@
-"""One phase on all ranks: what `deepspeed --module m2mkd_ds train --phase ...` calls, and a Python caller can call too."""
+"""One or several phases on all ranks: what `deepspeed --module m2mkd_ds train --phase ...` calls, and a Python caller can call.
+
+Several phases in one job save the start of the launcher for each (about ten seconds); the nodes between them that need no
+ranks (split, assemble) are then done by rank 0 while the others wait.
+"""
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Sequence
 
 from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import parse_pairs
-from m2mkd_ds.distributed.world import World, init_world, shutdown
-from m2mkd_ds.logs import logger, setup_logging
+from m2mkd_ds.distributed.world import World, barrier, init_world, shutdown
+from m2mkd_ds.logs import format_seconds, logger, setup_logging
+from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
+from m2mkd_ds.train.evaluate_run import evaluate_run
 from m2mkd_ds.train.loop import Job, train
 from m2mkd_ds.train.nodes import Node, find_node, fingerprint, missing_files, read_done
 from m2mkd_ds.train.phases import end_to_end, m2mkd, prepare
@@ -21,49 +29,66 @@ WHOLE_MODEL_PHASES = {
     "baseline": end_to_end.baseline,
 }
 PAIR_PHASES = {"modular_train": prepare.modular_train, "m2mkd": m2mkd.m2mkd}
+RANK_ZERO_NODES = {"split": local_nodes.split, "assemble": local_nodes.assemble}
+RUNNABLE = (*WHOLE_MODEL_PHASES, *PAIR_PHASES, *RANK_ZERO_NODES, "evaluate")
+"""Nodes that a launched job can run."""
 
 
-def run_phase(config: RunConfig, phase: str, pairs: str = "all") -> None:
-    """Train `phase` (for pair phases: `all`, or numbers such as `0,2`) and write its result into config.run_dir.
+def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> None:
+    """Run the named phases one after the other (for pair phases: `all`, or numbers such as `0,2`); results go to config.run_dir.
 
-    Resumes from its own checkpoints; does nothing when the result is there and its inputs are unchanged. Works under the
-    launcher and without it (one rank). Raises ConfigError before compute is spent.
+    Resumes each from its own checkpoints; does nothing for one whose result is there and whose inputs are unchanged. Works
+    under the launcher and without it (one rank). Raises ConfigError before compute is spent.
     """
+    for name in names:
+        find_node(config, name)
+        if name not in RUNNABLE:
+            raise ConfigError(f"--phase {name}: runs without ranks (m2mkd pipeline --only {name}); allowed are {', '.join(RUNNABLE)}")
     world = init_world()
     setup_logging(world.rank)
     try:
-        run_in_world(config, world, phase, pairs)
+        for name in names:
+            run_in_world(config, world, name, pairs)
     finally:
         shutdown()
 
 
-def run_in_world(config: RunConfig, world: World, phase: str, pairs: str = "all") -> None:
-    """As `run_phase`, in a job that was joined already; several phases may follow each other in one process."""
+def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all") -> None:
+    """One phase in a job that was joined already; several may follow each other in one process."""
     ctx = open_run(config, world)
-    node = find_node(config, phase)
+    node = find_node(config, name)
     print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
-    if phase in PAIR_PHASES:
+    started = time.monotonic()
+    done = read_done(ctx.root / name)
+    if done is not None and done["fingerprint"] == print_ and not missing_files(ctx.root / name, done):
+        logger.info("%s: complete, nothing to do", name)
+        return
+    if name in PAIR_PHASES:
         _run_pairs(ctx, node, print_, pairs)
-    elif phase in WHOLE_MODEL_PHASES:
+    elif name in WHOLE_MODEL_PHASES:
         _run_whole(ctx, node, print_)
+    elif name in RANK_ZERO_NODES:
+        if world.is_main:
+            RANK_ZERO_NODES[name](ctx)
+        barrier()
     else:
-        raise ConfigError(f"--phase {phase}: not a training phase; allowed are {', '.join([*WHOLE_MODEL_PHASES, *PAIR_PHASES])}")
+        evaluate_run(ctx, node, print_)
+    gc.collect()  # engines hold cycles; the next phase should not find their memory taken
+    logger.info("%s: done in %s", name, format_seconds(time.monotonic() - started))
 
 
 def _run_whole(ctx: RunContext, node: Node, print_: str) -> None:
-    done = read_done(ctx.root / node.name)
-    if done is not None and done["fingerprint"] == print_ and not missing_files(ctx.root / node.name, done):
-        logger.info("%s: complete, nothing to do", node.name)
-        return
     started = time.time()
     job = WHOLE_MODEL_PHASES[node.name](ctx)
     train(job)
     finish_trainee(ctx, node, job.trainees[0], {"wall_s": time.time() - started, **_facts(job)})
+    _close(job)
 
 
 def _run_pairs(ctx: RunContext, node: Node, print_: str, pairs: str) -> None:
     chosen = parse_pairs(pairs, len(ctx.pairs))
     left = tuple(i for i in chosen if i in unfinished_pairs(ctx, node, print_))
+    barrier()  # every rank has looked before rank 0 writes
     started = time.time()
     facts = {}
     if left:
@@ -72,9 +97,15 @@ def _run_pairs(ctx: RunContext, node: Node, print_: str, pairs: str) -> None:
         facts = _facts(job)
         for trainee in job.trainees:
             finish_trainee(ctx, node, trainee, {"wall_s": time.time() - started, **facts})
+        _close(job)
     else:
         logger.info("%s: pairs %s are complete, nothing to do", node.name, list(chosen))
     finish_node(ctx, node, print_, started, facts)
+
+
+def _close(job: Job) -> None:
+    for trainee in job.trainees:
+        trainee.engine.close()
 
 
 def _facts(job: Job) -> dict[str, int]:

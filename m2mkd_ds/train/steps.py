@@ -1,8 +1,8 @@
 """One forward pass and its loss, for each kind of training: batch in, StepOutput(loss, metrics) out. No state.
 
-    supervised   pretrain_meta, assemble_finetune, end_to_end, baseline      task loss of a whole model
-    aligned      pretrain_meta for a pretrained teacher                      task loss + match of the hidden states
-    pair         modular_train, m2mkd                                        the loss of a teaching pair (distill.losses)
+supervised   pretrain_meta, assemble_finetune, end_to_end, baseline      task loss of a whole model
+aligned      pretrain_meta for a pretrained teacher                      task loss + match of the hidden states
+pair         modular_train, m2mkd                                        the loss of a teaching pair (distill.losses)
 """
 
 from __future__ import annotations

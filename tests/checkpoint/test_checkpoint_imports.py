@@ -224,6 +224,8 @@ def test_convert_writes_safetensors_with_description_and_lineage(tmp_path: Path)
     got = convert_legacy(path, tmp_path / "x.safetensors", depths=DEPTHS, stage=1, metadata={"note": "test"})
     back, metadata = read_weights(tmp_path / "x.safetensors"), read_metadata(tmp_path / "x.safetensors")
     assert back.keys() == got.tensors.keys() and all(torch.equal(back[k], got.tensors[k]) for k in back)
+    # One sparse block: 4 norm, 4 attention, 2 router and 4 expert tensors; two stitches of 4.
+    assert str(got) == "stage 1 of depths [2, 1, 3], 22 tensors, 1 sparse blocks, stitches 1.post, 1.pre (model+model_stages)"
     assert metadata["kind"] == "stage" and metadata["stage"] == "1" and metadata["depths"] == "[2, 1, 3]"
     assert metadata["experts"] == '{"2": 3}' and metadata["stitches"] == '["1.post", "1.pre"]' and metadata["note"] == "test"
     assert metadata["sources"] == f'{{"x.pth": "{file_sha256(path)}"}}'

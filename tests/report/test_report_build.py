@@ -69,7 +69,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(run_dir: Path) -> None:
 
 
 def test_text_of_the_run_cannot_become_markup(run_dir: Path) -> None:
-    evil = '<script>alert("x")</script>'
+    evil = '<script>alert("x")</script> $\\frac$'
     config = (
         (run_dir / "config.yaml").read_text().replace("name: fashion", f"name: '{evil}'").replace("arch: vit_tiny", f"arch: '{evil}' #")
     )

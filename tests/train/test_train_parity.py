@@ -89,7 +89,9 @@ def test_metrics_after_a_resume_hold_each_step_once(out: Path, mode: str) -> Non
 
 def test_ce_kd_and_their_gradient_norms_are_logged_apart(out: Path) -> None:
     records = [json.loads(line) for line in (out / "one" / "m2mkd" / "pair_0" / "metrics.jsonl").read_text().splitlines()]
-    assert {"task", "kd", "task_grad_norm", "kd_grad_norm", "grad_norm", "lr", "router/switch", "moe/0/load", "moe/0/entropy"} <= set(records[0])
+    assert {"task", "kd", "task_grad_norm", "kd_grad_norm", "grad_norm", "lr", "router/switch", "moe/0/load", "moe/0/entropy"} <= set(
+        records[0]
+    )
     # loss = (1 - a) task + a kd + router
     first = records[0]
     assert first["loss"] == pytest.approx(0.5 * first["task"] + 0.5 * first["kd"] + first["router/switch"], rel=1e-5)

@@ -164,16 +164,15 @@ def pair_job(
     print_ = fingerprint(ctx.config, node, ctx.root, ctx.data_fingerprints)
     pairs = {index: ctx.pairs[index] for index in modules}
 
-    def step(engine: Engine, batch: TeacherBatch, log: bool, pair: TeachingPair) -> StepOutput:
-        return pair_step(engine, pair, meta, batch, loss, log=log)
+    def step_of(pair: TeachingPair) -> StepFunction:
+        return lambda engine, batch, log: pair_step(engine, pair, meta, batch, loss, log=log)
 
     trainees = [
         make_trainee(
-            ctx, phase, modules[i], lambda e, b, log, pair=pair: step(e, b, log, pair),
-            name=f"{name} pair {i}", pair=i, folder=ctx.root / name / f"pair_{i}", print_=print_,
+            ctx, phase, modules[i], step_of(pair), name=f"{name} pair {i}", pair=i, folder=ctx.root / name / f"pair_{i}", print_=print_
         )
         for i, pair in pairs.items()
-    ]  # fmt: skip
+    ]
 
     def logits_of(trainee: Trainee, module: nn.Module, hidden: dict[int, torch.Tensor]) -> Output:
         output, _, stats = unpack(module(hidden[trainee.pair]))

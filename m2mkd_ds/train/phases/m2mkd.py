@@ -20,7 +20,5 @@ def m2mkd(ctx: RunContext, chosen: tuple[int, ...]) -> Job:
     students = {}
     for pair in pairs:
         stitches = stitch_specs(pair, teacher_width=ctx.teacher_width, student_width=ctx.student_arch.embed_dim)
-        students[pair.index] = VisionMoE(
-            ctx.student_arch, pair.student, stitches=stitches, drop_path=phase.drop_path, seed=config.seed
-        )
+        students[pair.index] = VisionMoE(ctx.student_arch, pair.student, stitches=stitches, drop_path=phase.drop_path, seed=config.seed)
     return pair_job(ctx, "m2mkd", phase, students, meta, teachers=teachers, loss=config.distill)

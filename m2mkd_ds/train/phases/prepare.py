@@ -1,8 +1,8 @@
 """The phases that make teacher and meta model (Deep Incubation, ICCV 2023; arXiv 2402.16918 section 3.1).
 
-    pretrain_meta      train the small meta model M on labels (for a pretrained teacher: also to follow its hidden states)
-    modular_train      train each teacher module T_i inside the frozen M, on labels, all pairs in one job
-    assemble_finetune  put the T_i together and fine-tune the whole teacher
+pretrain_meta      train the small meta model M on labels (for a pretrained teacher: also to follow its hidden states)
+modular_train      train each teacher module T_i inside the frozen M, on labels, all pairs in one job
+assemble_finetune  put the T_i together and fine-tune the whole teacher
 """
 
 from __future__ import annotations
