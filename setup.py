@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.11",
     "torchvision>=0.26",  # the release that belongs to torch 2.11; a mismatched pair fails at import
-    "timm>=1.0.20",
+    "timm>=1.0.23",  # the first whose init_weights resets every part
     "deepspeed>=0.19.8,<0.20",  # 0.19 removed and renamed features between patch releases; each new minor is to be tried
     "webdataset>=1.0.2",
     "transformers>=5.0",

@@ -145,9 +145,9 @@ def pipeline(
         return
     if not only:
         _print_results(Path(resolved.run_dir))
-    report = Path(resolved.run_dir) / "report" / "report.html"
-    if report.is_file():
-        out(f"report: {report.resolve()}")
+    html = Path(resolved.run_dir) / "report" / "report.html"
+    if html.is_file():
+        out(f"report: {html}")
 
 
 @app.command(name="eval")
@@ -212,22 +212,33 @@ def report(run: tyro.conf.Positional[Path], /) -> None:
     from m2mkd_ds.report import build_report
 
     setup_logging()
-    out(str(build_report(run)))
+    html = build_report(run)
+    _print_results(run)
+    out(f"report: {html.resolve()}")
 
 
 @app.command(name="import")
-def import_checkpoint(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path], /, *, depths: tuple[int, ...]) -> None:
-    """Convert a checkpoint of the m2mKD authors or of Deep Incubation to canonical safetensors. Never unpickles code.
+def import_checkpoint(
+    sources: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    *,
+    out_file: Annotated[Path, tyro.conf.arg(name="out")],
+    depths: tuple[int, ...] = (),
+    stage: int | None = None,
+) -> None:
+    """Convert a checkpoint of the m2mKD authors or of Deep Incubation to canonical safetensors. Runs no code of the file.
 
     Args:
-        source: A .pth file of theirs (whole model, model_stages list, split module, student stage).
-        target: The .safetensors file to write.
-        depths: Blocks per stage of the model, for example 6 6 6 6.
+        sources: Their .pth file (whole model, model_stages list, split modules, one student stage), or one file a module.
+        out_file: The .safetensors file to write.
+        depths: Blocks per stage of the whole model, for example 6 6 6 6, where the file does not tell.
+        stage: Which stage a single-stage file is.
     """
     from m2mkd_ds.checkpoint.imports import convert_legacy
 
     setup_logging()
-    out(str(convert_legacy(source, target, depths=depths)))
+    source = sources[0] if len(sources) == 1 else list(sources)
+    out(f"{out_file}: {convert_legacy(source, out_file, depths=depths or None, stage=stage)}")
 
 
 @app.command

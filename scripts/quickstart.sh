@@ -50,7 +50,7 @@ m2mkd pipeline --recipe fashion --run-dir "$run_dir" \
 
 step "the exported folder, loaded by transformers alone"
 # An empty PYTHONPATH: whoever gets this folder does not have our package either.
-PYTHONPATH='' HF_HUB_OFFLINE=1 "$python" "$root/scripts/classify.py" "$run_dir/export" "$shards/validation"
+PYTHONPATH='' HF_HUB_OFFLINE=1 "$python" "$root/scripts/classify.py" "$run_dir/export/model" "$shards/validation"
 
 step "result after $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
 m2mkd report "$run_dir"

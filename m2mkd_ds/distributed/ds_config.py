@@ -143,9 +143,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     return tree
 
 
-def resolve_ds_config(
-    name_or_path: str, phase: PhaseConfig, *, world_size: int, precision: str, where: str = "phase"
-) -> dict[str, Any]:
+def resolve_ds_config(name_or_path: str, phase: PhaseConfig, *, world_size: int, precision: str, where: str = "phase") -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` gets: the file's settings with everything the run config owns filled in.
 
     `precision` is the resolved one (fp32 or bf16); `where` is how messages call the phase (for example `m2mkd`).

@@ -27,7 +27,7 @@ def fashion() -> RunConfig:
     Hardware:  2 CPU cores (2 ranks).
     """
     phase = PhaseConfig(
-        epochs=2, micro_batch_size=64, lr=1.5e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=0.2, warmup_lr=1e-5, clip_grad=1.0,
+        epochs=1, micro_batch_size=64, lr=1.5e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=0.1, warmup_lr=1e-5, clip_grad=1.0,
         precision="fp32",
         eval_epochs=1.0, checkpoint_steps=250, log_steps=20,
     )  # fmt: skip
@@ -36,7 +36,7 @@ def fashion() -> RunConfig:
         data=DataConfig(
             source="fashion_mnist", num_classes=10, image_size=28, mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353),
             crop_pct=1.0, interpolation="bilinear", num_workers=0,
-            augment=AugmentConfig(crop_scale=(1.0, 1.0), hflip=0.5, label_smoothing=0.1),
+            augment=AugmentConfig(crop_scale=(0.9, 1.0), hflip=0.5, label_smoothing=0.1),
         ),
         teacher=TeacherConfig(
             arch="vit_tiny_patch16_224", arch_args={"patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 3}, depths=(2, 2, 2)
@@ -49,7 +49,7 @@ def fashion() -> RunConfig:
         distill=DistillConfig(kd_weight=0.5, temperature=1.0),
         pretrain_meta=phase,
         modular_train=phase,
-        assemble_finetune=replace(phase, warmup_epochs=0.0, lr=5e-4),
+        assemble_finetune=replace(phase, epochs=0.5, warmup_epochs=0.0, lr=5e-4),
         m2mkd=phase,
         end_to_end=replace(phase, warmup_epochs=0.0, lr=1e-3),
         launch=LaunchConfig(num_gpus=2, one_job=True),

@@ -26,7 +26,7 @@ def tiny() -> RunConfig:
     Expected:  about 90 % and more for every trained model; too small and too short to compare methods.
     """
     phase = PhaseConfig(
-        epochs=12, micro_batch_size=32, lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, warmup_lr=1e-5, clip_grad=1.0,
+        epochs=8, micro_batch_size=16, lr=2e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=1.0, warmup_lr=1e-5, clip_grad=1.0,
         precision="fp32",
         eval_epochs=0.0, checkpoint_steps=100, log_steps=5,
     )  # fmt: skip
@@ -35,7 +35,7 @@ def tiny() -> RunConfig:
         data=DataConfig(
             source="digits", num_classes=10, image_size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0,
             interpolation="bilinear", num_workers=0,
-            augment=AugmentConfig(crop_scale=(1.0, 1.0), hflip=0.0, label_smoothing=0.1),
+            augment=AugmentConfig(crop_scale=(0.9, 1.0), hflip=0.0, label_smoothing=0.1),
         ),
         teacher=TeacherConfig(
             arch="vit_tiny_patch16_224", arch_args={"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}, depths=(2, 2)
@@ -47,9 +47,9 @@ def tiny() -> RunConfig:
         ),
         pretrain_meta=phase,
         modular_train=phase,
-        assemble_finetune=replace(phase, epochs=4, warmup_epochs=0.0, lr=5e-4),
+        assemble_finetune=replace(phase, epochs=4, warmup_epochs=0.0, lr=1e-3),
         m2mkd=phase,
-        end_to_end=replace(phase, epochs=6, warmup_epochs=0.0, lr=1e-3),
+        end_to_end=replace(phase, epochs=5, warmup_epochs=0.0, lr=1e-3),
         launch=LaunchConfig(num_gpus=2, one_job=True),
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
 from m2mkd_ds.config import ConfigError, PhaseConfig
 from m2mkd_ds.data.plan import positions
 from m2mkd_ds.distributed.engine import Engine
-from m2mkd_ds.distributed.world import World, all_reduce_sum, barrier
+from m2mkd_ds.distributed.world import World, all_reduce_sum, barrier, broadcast_object
 from m2mkd_ds.logs import MetricsWriter, Progress, logger
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.evaluate import Score
@@ -219,7 +219,8 @@ def _save(trainee: Trainee, job: Job) -> None:
 
 def _resume(trainee: Trainee, job: Job) -> None:
     """Go on from the newest checkpoint that verifies and belongs to this very node."""
-    found = latest_checkpoint(trainee.folder / "checkpoints")
+    # Verifying reads every byte: once, on rank 0, and not by every rank.
+    found = broadcast_object(latest_checkpoint(trainee.folder / "checkpoints") if job.world.is_main else None)
     if found is None:
         return
     folder, record = found

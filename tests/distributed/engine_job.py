@@ -1,7 +1,7 @@
 """What the ranks of test_distributed_engine.py run, and the one-process reference that it is compared with.
 
-    python -m deepspeed ... engine_job.py first  OUT     all cases, one start
-    python -m deepspeed ... engine_job.py second OUT     a fresh job: resume, and one of three engines alone
+python -m deepspeed ... engine_job.py first  OUT     all cases, one start
+python -m deepspeed ... engine_job.py second OUT     a fresh job: resume, and one of three engines alone
 """
 
 from __future__ import annotations
