@@ -192,14 +192,14 @@ def export(
 
     Args:
         run: Run folder.
-        out_dir: Target folder; RUN/export by default.
+        out_dir: Target folder; RUN/export/model by default.
         dtype: The dtype of the stored weights.
     """
     from m2mkd_ds.train.export_run import export_run
 
     setup_logging()
     config = replace(load(run / "config.yaml"), run_dir=str(run.resolve()))
-    out(str(export_run(config, out_dir or run / "export", dtype=dtype)))
+    out(str(export_run(config, out_dir or run / "export" / "model", dtype=dtype)))
 
 
 @app.command

@@ -29,12 +29,20 @@ PLAIN_INTERVAL_S = 15.0
 
 def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
     """Send the package's log to stderr; ranks above 0 only warn, with their number in front."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _CurrentStderr()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers[:] = [handler]
     logger.setLevel(level if rank == 0 else logging.WARNING)
     logger.propagate = False
+
+
+class _CurrentStderr(logging.StreamHandler[Any]):
+    """Writes to whatever sys.stderr is at the moment: a live progress bar puts a proxy there that prints above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def format_seconds(seconds: float) -> str:

@@ -31,8 +31,15 @@ def summarise(stats: Mapping[int, RoutingStats]) -> dict[str, float | list[float
     for block, s in sorted(stats.items()):
         counts = [int(n) for n in s.load_E.tolist()]
         total = max(sum(counts), 1)
-        metrics[f"moe/{block}/load"] = [n / total for n in counts]
+        metrics |= load_metrics(block, [n / total for n in counts])
         metrics[f"moe/{block}/entropy"] = float(s.entropy)
-        metrics[f"moe/{block}/dead"] = float(counts.count(0))
-        metrics[f"moe/{block}/max_over_mean"] = max(counts) * len(counts) / total
     return metrics
+
+
+def load_metrics(block: int, load_E: list[float]) -> dict[str, float | list[float]]:
+    """What follows from the shares of the rows that the experts of one block got."""
+    return {
+        f"moe/{block}/load": load_E,
+        f"moe/{block}/dead": float(load_E.count(0.0)),
+        f"moe/{block}/max_over_mean": max(load_E) * len(load_E),
+    }

@@ -24,6 +24,7 @@ from m2mkd_ds.data.plan import positions
 from m2mkd_ds.distributed.engine import Engine
 from m2mkd_ds.distributed.world import World, all_reduce_sum, barrier, broadcast_object
 from m2mkd_ds.logs import MetricsWriter, Progress, logger
+from m2mkd_ds.moe.telemetry import load_metrics
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.evaluate import Score
 from m2mkd_ds.train.schedule import lr_at, scaled_lr
@@ -116,6 +117,7 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int) -> None:
             if log:
                 now = time.monotonic()
                 for trainee in active:
+                    trainee.pending = mean_over_ranks(trainee.pending, job.world)
                     trainee.pending.update(images_per_second=since_log / (now - clock), time_s=now - began)
                 clock, since_log = now, 0
             done = step + 1
@@ -160,6 +162,21 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
             grad_norm = trainee.engine.step(lr)
             if last:
                 _after_optimizer_step(trainee, step, grad_norm)
+
+
+def mean_over_ranks(metrics: dict[str, Any], world: World) -> dict[str, Any]:
+    """Average numbers and lists of numbers over the ranks (each saw its own micro-batch); one collective."""
+    widths = {key: len(value) if isinstance(value, list) else 1 for key, value in metrics.items()}
+    flat = [x for value in metrics.values() for x in (value if isinstance(value, list) else [value])]
+    # Not in fp64: accelerators without it exist, and 24 bits are plenty for a curve.
+    mean = (all_reduce_sum(torch.tensor(flat, dtype=torch.float32, device=world.device)) / world.size).tolist()
+    averaged: dict[str, Any] = {}
+    for key, width in widths.items():
+        taken, mean = mean[:width], mean[width:]
+        averaged[key] = taken if isinstance(metrics[key], list) else taken[0]
+    for key in [k for k in averaged if k.endswith("/load")]:
+        averaged |= load_metrics(int(key.split("/")[1]), averaged[key])  # an expert is dead if it got nothing on any rank
+    return averaged
 
 
 def _after_optimizer_step(trainee: Trainee, step: int, grad_norm: float | None) -> None:
