@@ -101,14 +101,18 @@ def train(
             one launch (split, assemble and evaluate may stand between them).
         config: Resolved config of a run (RUN/config.yaml). This or --recipe.
         recipe: Name of a recipe (see `m2mkd recipes`).
-        run_dir: Run folder; the recipe's name under runs/ by default.
+        run_dir: Run folder; by default the one that config.yaml lies in, or the recipe's name under runs/.
         pair: For modular_train and m2mkd: `all`, or pair numbers such as 0,2.
         set: Override config fields.
     """
     names = phase.split(",")
     resolved = _with_ds_config(_resolve(config, recipe, run_dir, set), names)
-    from m2mkd_ds.train.run_phase import run_phases
+    from m2mkd_ds.train.pipeline import write_config
+    from m2mkd_ds.train.run_phase import check_phases, run_phases
 
+    check_phases(resolved, names)
+    if recipe and os.environ.get("RANK", "0") == "0":
+        write_config(resolved)  # so that later verbs and phases find the same config in the run folder
     run_phases(resolved, names, pair)
 
 
@@ -127,8 +131,8 @@ def pipeline(
 
     Args:
         recipe: Name of a recipe (see `m2mkd recipes`). This or --config.
-        config: A resolved config file (RUN/config.yaml of an earlier run).
-        run_dir: Run folder; the recipe's name under runs/ by default.
+        config: Resolved config of a run (RUN/config.yaml). This or --recipe.
+        run_dir: Run folder; by default the one that config.yaml lies in, or the recipe's name under runs/.
         until: Stop after this node.
         only: Run just this node (its inputs must be complete).
         dry_run: Print the DAG, what would run or be skipped and why, and the `deepspeed` commands; run nothing.
@@ -137,7 +141,7 @@ def pipeline(
     from m2mkd_ds.train.pipeline import run_pipeline
 
     setup_logging()
-    resolved = _ensure_shards(_resolve(config, recipe, run_dir, set))
+    resolved = _ensure_shards(_with_ds_config(_resolve(config, recipe, run_dir, set), PHASES))
     runners = {"export": _export_node, "report": _report_node}
     text = run_pipeline(resolved, runners, until=until, only=only, dry_run=dry_run)
     if dry_run:
@@ -278,18 +282,22 @@ def _export_node(ctx: RunContext) -> None:
 
 
 def _resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence[str]) -> RunConfig:
-    """The run's config: a file or a recipe, then --run-dir, then --set; paths made absolute."""
+    """The run's config: a file or a recipe, then --set, then the run folder; paths made absolute.
+
+    A `config.yaml` belongs to the folder that it lies in, so a run folder that was moved or copied goes on by itself.
+    """
     from m2mkd_ds.recipes import get_recipe
 
     if (config is None) == (not recipe):
         raise ConfigError("give either --recipe NAME (see `m2mkd recipes`) or --config RUN/config.yaml")
     resolved = load(config) if config is not None else get_recipe(recipe)
     resolved = apply_overrides(resolved, list(overrides))
-    folder = Path(run_dir or resolved.run_dir or f"runs/{resolved.name}").resolve()
+    home = config.parent if config is not None and config.name == "config.yaml" else resolved.run_dir
+    folder = Path(run_dir or home or f"runs/{resolved.name}").resolve()
     data = resolved.data
     if not data.train and not data.validation and data.source:
-        home = folder.parent / "shards" / data.source
-        data = replace(data, train=str(home / "train"), validation=str(home / "validation"))
+        shards = folder.parent / "shards" / data.source
+        data = replace(data, train=str(shards / "train"), validation=str(shards / "validation"))
     else:
         data = replace(data, train=_absolute(data.train), validation=_absolute(data.validation))
     teacher = resolved.teacher
@@ -334,9 +342,29 @@ def take_launcher_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def join_overrides(argv: Sequence[str]) -> list[str]:
+    """`--set a=1 --set b=2` -> `--set a=1 b=2` at the end: the parser alone would keep the last --set and forget the others."""
+    rest: list[str] = []
+    assignments: list[str] = []
+    inside = first = False  # behind --set; the very next word belongs to it even without `=`, to be refused as an override
+    for word in argv:
+        if word == "--set":
+            inside = first = True
+        elif word.startswith("--set="):
+            assignments.append(word.removeprefix("--set="))
+            inside = True
+        elif inside and not word.startswith("-") and (first or "=" in word):
+            assignments.append(word)
+            first = False
+        else:
+            rest.append(word)
+            inside = first = False
+    return [*rest, "--set", *assignments] if assignments else rest
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `m2mkd` and `python -m m2mkd_ds`."""
-    arguments = take_launcher_flags(sys.argv[1:] if argv is None else argv)
+    arguments = join_overrides(take_launcher_flags(sys.argv[1:] if argv is None else argv))
     if arguments[:1] == ["--version"]:
         out(__version__)
         return
@@ -348,3 +376,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"m2mkd: {err}\n")
         sys.exit(2)
+    except RuntimeError as err:
+        from m2mkd_ds.train.launch import LaunchError
+
+        if not isinstance(err, LaunchError):
+            raise
+        # The failed job has told its own reason above.
+        sys.stderr.write(f"m2mkd: {err}\n")
+        sys.exit(1)

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
+from math import inf
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +23,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 PHASES = ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline")
 """Training phases, in the order in which the pipeline runs them."""
-
-PhaseName = Literal["pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class DataConfig:
     num_workers: int = 2
     """Loader worker processes a rank; 0 decodes in the training process. The pixels do not depend on it."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What happens to training images only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,7 @@ class MoEConfig:
     backend: Literal["auto", "reference", "grouped"] = "auto"
     """Expert compute. auto: `grouped` where torch's grouped matmul supports dtype and shape, else an error names why."""
     router: RouterConfig = field(default_factory=RouterConfig)
+    """How tokens choose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +149,17 @@ class StudentConfig:
     """The V-MoE student S."""
 
     embed_dim: int = 768
+    """Width D; stitch layers translate between it and the teacher's."""
     num_heads: int = 12
+    """Attention heads; must divide `embed_dim`."""
     patch_size: int = 16
+    """Side of a patch in pixels; must divide data.image_size."""
     mlp_ratio: float = 4.0
+    """Hidden width of an expert (and of a dense block's MLP) over `embed_dim`."""
     depths: tuple[int, ...] = (3, 3, 3, 3)
     """Blocks per stage; as many stages as the teacher, any number of blocks."""
     moe: MoEConfig = field(default_factory=MoEConfig)
+    """Its sparse blocks."""
     keep_stitches: bool = False
     """Keep the stitch layers when the modules are assembled (false: drop them, the authors' later default)."""
 
@@ -161,6 +169,7 @@ class DistillConfig:
     """The loss of a teaching pair: (1 - kd_weight) * task + kd_weight * T^2 * KD + router losses."""
 
     temperature: float = 1.0
+    """T, which both logits are divided by before the softmax (soft distillation)."""
     kd_weight: float = 0.5
     """alpha; 0 is the control without a teacher, 1 uses no labels."""
     kd_type: Literal["soft", "hard"] = "soft"
@@ -191,10 +200,13 @@ class PhaseConfig:
     warmup_lr: float = 1e-6
     """Learning rate of the first warm-up step (not scaled)."""
     warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from `warmup_lr` to the peak, part of `epochs`."""
     weight_decay: float = 0.05
     """Not applied to norms, biases, positions, tokens and layer scales."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
+    """AdamW's term in the denominator."""
     clip_grad: float = 0.0
     """Largest global gradient norm, in every precision, per teaching pair; 0 for none."""
     drop_path: float = 0.0
@@ -238,6 +250,7 @@ class ExportConfig:
     license: str = "mit"
     """Licence of the exported weights, as the model card's `license` field."""
     max_shard_size: str = "2GB"
+    """Largest weights file of the folder, for example 500MB; larger models get several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,22 +262,35 @@ class RunConfig:
     run_dir: str = ""
     """The run folder; holds config, weights, metrics and report."""
     seed: int = 0
+    """Fresh weights, order of the images, augmentation and drop-path follow from it."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Images."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Who teaches."""
     meta: MetaConfig = field(default_factory=MetaConfig)
+    """The scaffold that modules are trained in."""
     student: StudentConfig = field(default_factory=StudentConfig)
+    """Who learns."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    """The loss of phase m2mkd."""
     pretrain_meta: PhaseConfig = field(default_factory=PhaseConfig)
+    """Train the meta model."""
     modular_train: PhaseConfig = field(default_factory=PhaseConfig)
+    """Train the teacher's modules inside the meta model; not used with teacher.source=pretrained."""
     assemble_finetune: PhaseConfig = field(default_factory=PhaseConfig)
+    """Train the assembled teacher; not used with teacher.source=pretrained."""
     m2mkd: PhaseConfig = field(default_factory=PhaseConfig)
+    """Train the student's modules, each taught by its teacher module."""
     end_to_end: PhaseConfig = field(default_factory=PhaseConfig)
+    """Train the assembled student."""
     baseline: bool = True
     """Also train the same student from scratch, with the end_to_end settings, for as many steps as m2mkd + end_to_end take."""
     tensorboard: bool = False
     """Mirror metrics.jsonl to TensorBoard event files beside it."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How ranks are started."""
     export: ExportConfig = field(default_factory=ExportConfig)
+    """The Hugging Face folder."""
 
     @property
     def num_stages(self) -> int:
@@ -279,8 +305,28 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message names the field, what was given, what is allowed and what to do."""
 
 
+_LIMITS: dict[str, tuple[float, float]] = {
+    "data.num_classes": (1, inf), "data.image_size": (1, inf), "data.num_workers": (0, inf), "data.crop_pct": (0.01, 1),
+    "data.augment.hflip": (0, 1), "data.augment.random_erase": (0, 1), "data.augment.mix_prob": (0, 1),
+    "data.augment.mix_switch_prob": (0, 1), "data.augment.label_smoothing": (0, 1), "data.augment.mixup": (0, inf),
+    "data.augment.cutmix": (0, inf), "student.embed_dim": (1, inf), "student.num_heads": (1, inf), "student.patch_size": (1, inf),
+    "student.mlp_ratio": (0.01, inf), "student.moe.placement_n": (1, inf), "student.moe.num_experts": (1, inf),
+    "launch.num_gpus": (0, inf), "launch.threads_per_rank": (1, inf), "meta.align_weight": (0, inf),
+}  # fmt: skip
+"""Smallest and largest allowed value by dotted field."""
+
+_PHASE_LIMITS: dict[str, tuple[float, float]] = {
+    "micro_batch_size": (1, inf), "gradient_accumulation_steps": (1, inf), "checkpoint_steps": (1, inf), "log_steps": (1, inf),
+    "max_steps": (0, inf), "lr_batch": (0, inf), "min_lr": (0, inf), "warmup_lr": (0, inf), "weight_decay": (0, inf),
+    "clip_grad": (0, inf), "eval_epochs": (0, inf), "drop_path": (0, 0.99), "ema_decay": (0, 0.999999),
+}  # fmt: skip
+"""The same for the fields of every phase."""
+
+
 def _check(config: RunConfig) -> None:
     """Refuse what is wrong in the tree itself; what needs the data or the models is checked where they are known."""
+    for path, (low, high) in _LIMITS.items():
+        _check_limits(path, attrgetter(path)(config), low, high)
     for name in ("teacher", "meta", "student"):
         depths = getattr(config, name).depths
         if not depths or min(depths) < 1:
@@ -303,26 +349,30 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"student.moe.router.top_k is {moe.router.top_k}; allowed is 1 to student.moe.num_experts = {moe.num_experts}")
     if config.data.image_size % config.student.patch_size:
         raise ConfigError(f"data.image_size {config.data.image_size} is not a multiple of student.patch_size {config.student.patch_size}")
-    for phase in ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end"):
-        p: PhaseConfig = getattr(config, phase)
-        for key in ("micro_batch_size", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):
-            if getattr(p, key) < 1:
-                raise ConfigError(f"{phase}.{key} is {getattr(p, key)}; it must be at least 1")
-        if p.epochs <= 0 or p.lr <= 0:
-            raise ConfigError(f"{phase}.epochs is {p.epochs} and {phase}.lr is {p.lr}; both must be positive")
+    for name in ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end"):
+        _check_phase(name, getattr(config, name))
 
 
-def _forbid_unknown_keys(cls: type) -> None:
-    """Let pydantic refuse keys that no field has, all the way down."""
-    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+def _check_limits(path: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{path} is {value}; " + (f"it must be at least {low}" if high == inf else f"allowed is {low} to {high}"))
 
 
-_TREE: tuple[type, ...] = (
+def _check_phase(name: str, phase: PhaseConfig) -> None:
+    for key, (low, high) in _PHASE_LIMITS.items():
+        _check_limits(f"{name}.{key}", getattr(phase, key), low, high)
+    if phase.epochs <= 0 or phase.lr <= 0:
+        raise ConfigError(f"{name}.epochs is {phase.epochs} and {name}.lr is {phase.lr}; both must be positive")
+    if not 0 <= phase.warmup_epochs < phase.epochs:
+        raise ConfigError(f"{name}.warmup_epochs is {phase.warmup_epochs}; allowed is 0 to less than {name}.epochs = {phase.epochs}")
+
+
+for _cls in (
     AugmentConfig, DataConfig, TeacherConfig, MetaConfig, RouterConfig, MoEConfig, StudentConfig, DistillConfig, PhaseConfig,
     LaunchConfig, ExportConfig, RunConfig,
-)  # fmt: skip
-for _cls in _TREE:
-    _forbid_unknown_keys(_cls)
+):  # fmt: skip
+    # pydantic refuses keys that no field has, and NaN and infinity, all the way down
+    _cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
 
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> RunConfig:
@@ -330,8 +380,7 @@ def from_dict(tree: dict[str, Any], where: str = "config") -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as err:
-        lines = [_explain(e) for e in err.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in err.errors())) from None
 
 
 def _explain(error: Any) -> str:
@@ -362,18 +411,22 @@ def field_paths() -> list[str]:
 
     def walk(cls: Any, prefix: str) -> list[str]:
         paths = []
-        hints = {f.name: f for f in dataclasses.fields(cls)}
-        for name, f in hints.items():
-            sub = f.default_factory if dataclasses.is_dataclass(f.default_factory) else None
-            paths += walk(sub, f"{prefix}{name}.") if sub else [f"{prefix}{name}"]
+        for f in dataclasses.fields(cls):
+            branch = dataclasses.is_dataclass(f.default_factory)
+            paths += walk(f.default_factory, f"{prefix}{f.name}.") if branch else [f"{prefix}{f.name}"]
         return paths
 
     return walk(RunConfig, "")
 
 
 def _nearest(path: str) -> str:
-    close = difflib.get_close_matches(path, field_paths(), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "; `m2mkd recipes NAME` lists all fields"
+    paths = field_paths()
+    close = difflib.get_close_matches(path, paths, n=1, cutoff=0.5)
+    if not close:
+        # Half a path (`lr`) or its end misspelt: compare the last words only.
+        leaf = difflib.get_close_matches(path.rpartition(".")[2], [p.rpartition(".")[2] for p in paths], n=1)
+        close = [p for p in paths if leaf and p.rpartition(".")[2] == leaf[0]]
+    return f"; did you mean {' or '.join(close)}?" if close else "; `m2mkd recipes NAME` lists all fields"
 
 
 def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
@@ -383,12 +436,13 @@ def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
     """
     tree = to_dict(config)
     known = set(field_paths())
+    switches = []
     for text in assignments:
         path, sep, raw = text.partition("=")
         path = path.strip()
         if not sep:
             raise ConfigError(f"--set {text!r}: expected key=value, for example m2mkd.lr=1e-3")
-        free = path.startswith("teacher.arch_args.")
+        free = path.startswith("teacher.arch_args.") and path.count(".") == 2
         if path not in known and not free:
             raise ConfigError(f"--set {path}: no such field{_nearest(path)}")
         node = tree
@@ -396,30 +450,50 @@ def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
         for part in parents:
             node = node[part]
         node[leaf] = _parse_value(raw, path)
-    return from_dict(tree, where="--set")
+        if isinstance(node[leaf], bool) and not free:
+            switches.append(path)
+    built = from_dict(tree, where="--set")
+    for path in switches:
+        if not isinstance(attrgetter(path)(built), bool):  # pydantic takes `true` for the number 1
+            raise ConfigError(f"--set {path}: expected a number or text, and true or false was given")
+    return built
+
+
+class _YamlReader(yaml.SafeLoader):
+    """YAML with the numbers that people write: 1e-3 is one (YAML 1.1 asks for 1.0e-3)."""
+
+
+class _YamlWriter(yaml.SafeDumper):
+    """Quotes text that the reader would take for such a number."""
+
+
+for _yaml in (_YamlReader, _YamlWriter):
+    _yaml.add_implicit_resolver(  # type: ignore[attr-defined]
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _parse_value(raw: str, path: str) -> Any:
     try:
-        return yaml.safe_load(raw) if raw.strip() else ""
+        return yaml.load(raw, Loader=_YamlReader) if raw.strip() else ""
     except yaml.YAMLError as err:
-        raise ConfigError(f"--set {path}={raw}: not a YAML value ({err})") from None
+        raise ConfigError(f"--set {path}={raw}: not a YAML value ({' '.join(str(err).split())})") from None
 
 
 def dump(config: RunConfig) -> str:
     """The tree as YAML text."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+    return yaml.dump(to_dict(config), Dumper=_YamlWriter, sort_keys=False, width=120)
 
 
 def load(path: str | Path) -> RunConfig:
-    """Read a resolved file (RUN/config.yaml)."""
+    """Read a resolved file (RUN/config.yaml). Raises ConfigError when it is absent, not YAML, or not a tree of our fields."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file; `m2mkd pipeline --recipe NAME` writes one into the run folder")
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.load(file.read_text(), Loader=_YamlReader)
     except yaml.YAMLError as err:
-        raise ConfigError(f"{file}: not YAML ({err})") from None
+        raise ConfigError(f"{file}: not YAML ({' '.join(str(err).split())})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected a mapping of fields, found {type(tree).__name__}")
     return from_dict(tree, where=str(file))

@@ -18,6 +18,10 @@ from m2mkd_ds.config import ConfigError, LaunchConfig
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,@+")
 
 
+class LaunchError(RuntimeError):
+    """A launched job failed, or left no result; the job's own message is in the log above."""
+
+
 def launch_command(launch: LaunchConfig, verb: list[str]) -> list[str]:
     """`deepspeed [flags] --module m2mkd_ds VERB...` as a list of words. Raises ConfigError for a word that a shell would change."""
     flags = ["--num_gpus", str(launch.num_gpus)] if launch.num_gpus else []
@@ -50,7 +54,7 @@ def launch_environment(launch: LaunchConfig, base: Mapping[str, str]) -> dict[st
 
 
 def run_launched(launch: LaunchConfig, verb: list[str]) -> None:
-    """Run the command to its end. Raises RuntimeError when it fails; an interrupt reaches every rank.
+    """Run the command to its end. Raises LaunchError when it fails; an interrupt reaches every rank.
 
     The launcher runs in its own process group, because it leaves its ranks running when it alone is killed.
     """
@@ -71,4 +75,4 @@ def run_launched(launch: LaunchConfig, verb: list[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         raise
     if code != 0:
-        raise RuntimeError(f"{spell(command)} failed with exit code {code}; its message is above")
+        raise LaunchError(f"{spell(command)} failed with exit code {code}; its message is above")

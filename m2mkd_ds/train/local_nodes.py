@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distill.assemble import assemble_student, split_exact
 from m2mkd_ds.models.vit import adapt_weights, pretrained_weights, stage_names
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.nodes import find_node, fingerprint, write_done
+from m2mkd_ds.train.nodes import find_node, fingerprint, teacher_file, write_done
 from m2mkd_ds.train.phases.finish import lineage
 
 
@@ -40,7 +39,7 @@ def teacher_weights(ctx: RunContext) -> dict[str, Tensor]:
         return read_weights(ctx.root / "assemble_finetune" / "weights.safetensors")
     if teacher.weights == "timm":
         return pretrained_weights(ctx.teacher_arch)
-    file = Path(teacher.weights)
+    file = teacher_file(ctx.config)
     # A .pth file is read by torch's restricted unpickler, and its names are made canonical.
     tensors = read_weights(file) if file.suffix == ".safetensors" else read_legacy(file).tensors
     head = tensors.get("head.weight")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
 from m2mkd_ds.config import ConfigError, PhaseConfig
@@ -85,14 +85,14 @@ def train(job: Job) -> None:
     """Run the job to its last step. Resumes by itself from each trainee's newest good checkpoint."""
     for trainee in job.trainees:
         _resume(trainee, job)
-        if job.world.rank == 0:
-            trainee.metrics = MetricsWriter(trainee.folder / "metrics.jsonl", resume_step=trainee.step)
-            if job.tensorboard:
-                trainee.metrics.attach_tensorboard(trainee.folder / "tensorboard")
     start = min(trainee.step for trainee in job.trainees)
     if start == job.total_steps:
         return
     _announce(job, start)
+    for trainee in job.trainees if job.world.is_main else ():
+        trainee.metrics = MetricsWriter(trainee.folder / "metrics.jsonl", resume_step=trainee.step)
+        if job.tensorboard:
+            trainee.metrics.attach_tensorboard(trainee.folder / "tensorboard")
     feed = job.make_feed(start)
     try:
         _run_steps(job, feed, start)
@@ -118,7 +118,7 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int) -> None:
                 now = time.monotonic()
                 for trainee in active:
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
-                    trainee.pending.update(images_per_second=since_log / (now - clock), time_s=now - began)
+                    trainee.pending.update(lr=_learning_rate(job, step), images_per_second=since_log / (now - clock), time_s=now - began)
                 clock, since_log = now, 0
             done = step + 1
             if done == job.total_steps or (eval_every and done % eval_every == 0):
@@ -136,7 +136,7 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
     """One optimizer step of every active trainee: accumulate micro-batches, agree that all losses are finite, step."""
     phase, world = job.phase, job.world
     lr = _learning_rate(job, step)
-    bad: dict[str, list[int]] = {}
+    losses: list[tuple[str, range, Tensor]] = []
     for micro_step in range(phase.gradient_accumulation_steps):
         last = micro_step + 1 == phase.gradient_accumulation_steps
         slots = positions(
@@ -145,19 +145,14 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
         )  # fmt: skip
         request = BatchRequest(step, micro_step, slots, tuple(t.pair for t in active), job.with_teacher)
         batch = feed.batch(request)
-        finite = []
         for trainee in active:
             seed_micro_batch(job.seed, job.phase_name, trainee.pair, slots.start)
             output = trainee.step_fn(batch, log and last)
-            trainee.pending = {"lr": lr, **output.metrics} if log and last else {}
+            trainee.pending = dict(output.metrics) if log and last else {}
             trainee.engine.backward(output.loss)
-            finite.append(torch.isfinite(output.loss.detach()))
-        if not bool(torch.stack(finite).all()):  # host sync, once a micro-batch
-            for trainee, ok in zip(active, finite, strict=True):
-                if not bool(ok):
-                    bad.setdefault(trainee.name, []).extend(slots)
+            losses.append((trainee.name, slots, output.loss.detach()))
         if last:
-            _stop_if_not_finite(bad, step, world)
+            _stop_if_not_finite(losses, step, world)
         for trainee in active:
             grad_norm = trainee.engine.step(lr)
             if last:
@@ -188,10 +183,14 @@ def _after_optimizer_step(trainee: Trainee, step: int, grad_norm: float | None) 
     trainee.step = step + 1
 
 
-def _stop_if_not_finite(bad: dict[str, list[int]], step: int, world: World) -> None:
-    """Every rank raises before the optimizer step when any rank saw a NaN or infinite loss."""
-    num_bad = int(all_reduce_sum(torch.tensor([len(bad)], device=world.device)))
-    if num_bad:
+def _stop_if_not_finite(losses: list[tuple[str, range, Tensor]], step: int, world: World) -> None:
+    """Every rank raises before the optimizer step when any rank saw a NaN or infinite loss (trainee, slots, loss)."""
+    bad_losses = ~torch.isfinite(torch.stack([loss for _, _, loss in losses]))
+    if int(all_reduce_sum(bad_losses.sum().to(world.device))):  # the step's one host sync
+        bad: dict[str, list[int]] = {}
+        for (name, slots, _), is_bad in zip(losses, bad_losses.tolist(), strict=True):
+            if is_bad:
+                bad.setdefault(name, []).extend(slots)
         here = "; ".join(f"{name}: slots {slots}" for name, slots in bad.items()) or "on another rank"
         raise NonFiniteLossError(f"loss is NaN or infinite at step {step} ({here}); no weight was changed in this step")
 

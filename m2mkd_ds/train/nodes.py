@@ -21,6 +21,12 @@ from m2mkd_ds import __version__
 from m2mkd_ds.checkpoint.store import file_sha256, write_json_atomic
 from m2mkd_ds.config import ConfigError, RunConfig, to_dict
 
+LAYOUT = "student.keep_stitches"
+"""Decides how modules are put together, not how they are trained."""
+
+STEPS_OF_M2MKD = tuple(f"m2mkd.{key}" for key in ("epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"))
+"""What the length of the baseline follows from."""
+
 TEACHER_FIELDS = ("teacher.arch", "teacher.arch_args", "teacher.depths", "teacher.source", "teacher.weights")
 
 
@@ -39,6 +45,8 @@ class Node:
     """Consists of N independent parts RUN/<node>/pair_<i>."""
     reads_data: bool = True
     """Whether the content of the shards is part of the fingerprint."""
+    without: tuple[str, ...] = ()
+    """Fields below `fields` that its result does not depend on."""
 
 
 def build_dag(config: RunConfig) -> tuple[Node, ...]:
@@ -59,18 +67,22 @@ def build_dag(config: RunConfig) -> tuple[Node, ...]:
         )
     )
     student_fields = ("seed", "data", "student")
-    baseline = (Node("baseline", (), (*student_fields, "m2mkd", "end_to_end"), launched=True),) if config.baseline else ()
+    control = Node("baseline", (), (*student_fields, *STEPS_OF_M2MKD, "end_to_end"), launched=True, without=(LAYOUT,))
+    baseline = (control,) if config.baseline else ()
     evaluated = ("pretrain_meta", "split", "m2mkd", "assemble", "end_to_end", *(n.name for n in baseline))
     return (
         *teacher_nodes,
-        Node("m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd"), launched=True, per_pair=True),
+        Node(
+            "m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd"), launched=True, per_pair=True,
+            without=(LAYOUT,),
+        ),
         Node("assemble", ("m2mkd",), ("student", "teacher.depths"), reads_data=False),
         Node("end_to_end", ("assemble",), (*student_fields, "end_to_end"), launched=True),
         *baseline,
         Node("evaluate", evaluated, ("data", "student", "meta", *TEACHER_FIELDS), launched=True),
         Node("export", ("end_to_end", "evaluate"), ("export", "data", "student"), reads_data=False),
         Node("report", evaluated + ("evaluate", "export"), ("name",), reads_data=False),
-    )
+    )  # fmt: skip
 
 
 def find_node(config: RunConfig, name: str) -> Node:
@@ -91,8 +103,11 @@ def relevant_config(config: RunConfig, node: Node) -> dict[str, Any]:
             value = value[part]
         picked.update(_flatten(path, value))
     # Where the shards lie, how they were made and how many workers read them do not change a pixel.
-    for path in ("data.train", "data.validation", "data.source", "data.num_workers"):
+    for path in ("data.train", "data.validation", "data.source", "data.num_workers", *node.without):
         picked.pop(path, None)
+    # A file counts by its content (see `fingerprint`), wherever it lies, and only where it is used.
+    if config.teacher.source == "incubate" or reads_teacher_file(config):
+        picked.pop("teacher.weights", None)
     for path in [p for p in picked if p.endswith((".log_steps", ".checkpoint_steps", ".eval_epochs"))]:
         picked.pop(path)
     return picked
@@ -112,7 +127,22 @@ def fingerprint(config: RunConfig, node: Node, root: Path, data_fingerprints: Ma
         "data": dict(data_fingerprints) if node.reads_data else {},
         "inputs": {name: output_hashes(root, name) for name in node.inputs},
     }
+    if node.name == "split" and reads_teacher_file(config):
+        material["teacher.weights"] = file_sha256(teacher_file(config))
     return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()
+
+
+def reads_teacher_file(config: RunConfig) -> bool:
+    """Whether the teacher comes from a file (and not from incubation or from timm's hub)."""
+    return config.teacher.source == "pretrained" and config.teacher.weights != "timm"
+
+
+def teacher_file(config: RunConfig) -> Path:
+    """The file that teacher.weights names. Raises ConfigError when it is not there."""
+    file = Path(config.teacher.weights)
+    if not file.is_file():
+        raise ConfigError(f"teacher.weights {file}: no such file; give a .safetensors or .pth file of {config.teacher.arch}, or `timm`")
+    return file
 
 
 def output_hashes(root: Path, name: str) -> dict[str, str]:
@@ -169,13 +199,15 @@ class NodeState:
 def node_state(config: RunConfig, node: Node, root: Path, data_fingerprints: Mapping[str, str], rerun: set[str]) -> NodeState:
     """Judge one node; `rerun` holds the names of earlier nodes that will run first."""
     folder = root / node.name
-    waiting = [name for name in node.inputs if name in rerun]
     done = read_done(folder)
     if done is None:
         started = any(folder.glob("**/checkpoints/step-*"))
         return NodeState(False, "goes on from its checkpoint" if started else "not done yet")
-    if waiting:
-        return NodeState(False, f"its input {waiting[0]} runs first")
+    for name in node.inputs:
+        if name in rerun:
+            return NodeState(False, f"its input {name} runs first")
+        if read_done(root / name) is None:
+            return NodeState(False, f"its input {name} is not done")
     changed = describe_change(done["config"], relevant_config(config, node))
     if changed:
         return NodeState(False, changed)

@@ -14,8 +14,8 @@ from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import format_seconds, logger
 from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.launch import launch_command, run_launched, spell
-from m2mkd_ds.train.nodes import Node, NodeState, build_dag, missing_files, node_state, read_done
+from m2mkd_ds.train.launch import LaunchError, launch_command, run_launched, spell
+from m2mkd_ds.train.nodes import Node, NodeState, build_dag, node_state, reads_teacher_file, teacher_file
 from m2mkd_ds.train.run_phase import RUNNABLE
 
 LocalRunner = Callable[[RunContext], None]
@@ -54,11 +54,20 @@ def plan_run(ctx: RunContext, *, until: str = "", only: str = "") -> list[Planne
         if name and name not in names:
             raise ConfigError(f"{flag} {name}: no such node in this run; allowed are {', '.join(names)}")
     rerun: set[str] = set()
+    complete: set[str] = set()
     planned = []
     for position, node in enumerate(dag):
         wanted = node.name == only if only else (not until or position <= names.index(until))
         state = node_state(ctx.config, node, ctx.root, ctx.data_fingerprints, rerun)
-        if not state.complete and wanted:
+        if state.complete:
+            complete.add(node.name)
+        elif wanted:
+            absent = [name for name in node.inputs if name not in complete | rerun]
+            if absent:
+                why = next(item.state.reason for item in planned if item.node.name == absent[0])
+                raise ConfigError(f"--only {node.name}: its input {absent[0]} is not complete ({why}); run it first, or use --until")
+            if node.name == "split" and reads_teacher_file(ctx.config):
+                teacher_file(ctx.config)  # its absence must show before anything runs
             rerun.add(node.name)
         planned.append(Planned(node, state, wanted))
     return planned
@@ -102,7 +111,7 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
     """Bring the run up to date and return what was (or would be) done.
 
     `runners` brings the nodes of other rooms (export, report) by name. Raises ConfigError before any compute is spent,
-    RuntimeError when a node fails or leaves no result.
+    LaunchError when a node fails or leaves no result.
     """
     ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
     planned = plan_run(ctx, until=until, only=only)
@@ -121,14 +130,14 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
             run_launched(config.launch, train_verb(names, config_file))
         else:
             local[names[0]](ctx)
-        for name in names:
-            _require_result(ctx.root / name)
+        for node in nodes:
+            _require_result(ctx, node)
         logger.info("== %s: %s ==", ", ".join(names), format_seconds(time.monotonic() - started))
     return text
 
 
-def _require_result(folder: Path) -> None:
-    """The launcher's exit code alone does not prove that a node was finished."""
-    done = read_done(folder)
-    if done is None or missing_files(folder, done):
-        raise RuntimeError(f"{folder.name} ended without a result in {folder}; its log is above")
+def _require_result(ctx: RunContext, node: Node) -> None:
+    """The launcher's exit code alone does not prove that a node was finished, and an old result proves nothing."""
+    state = node_state(ctx.config, node, ctx.root, ctx.data_fingerprints, set())
+    if not state.complete:
+        raise LaunchError(f"{node.name} ended without its result in {ctx.root / node.name} ({state.reason}); its log is above")

@@ -40,10 +40,7 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
     Resumes each from its own checkpoints; does nothing for one whose result is there and whose inputs are unchanged. Works
     under the launcher and without it (one rank). Raises ConfigError before compute is spent.
     """
-    for name in names:
-        find_node(config, name)
-        if name not in RUNNABLE:
-            raise ConfigError(f"--phase {name}: runs without ranks (m2mkd pipeline --only {name}); allowed are {', '.join(RUNNABLE)}")
+    check_phases(config, names)
     world = init_world()
     setup_logging(world.rank)
     try:
@@ -51,6 +48,14 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
             run_in_world(config, world, name, pairs)
     finally:
         shutdown()
+
+
+def check_phases(config: RunConfig, names: Sequence[str]) -> None:
+    """Raise ConfigError for a name that this run does not have, or that a launched job cannot run."""
+    for name in names:
+        find_node(config, name)
+        if name not in RUNNABLE:
+            raise ConfigError(f"--phase {name}: runs without ranks (m2mkd pipeline --only {name}); allowed are {', '.join(RUNNABLE)}")
 
 
 def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all") -> None:

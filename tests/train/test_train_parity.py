@@ -67,6 +67,18 @@ def test_all_pairs_in_one_job_equal_single_pair_jobs_bit_for_bit(out: Path, pair
     assert worst_difference(out / "two_m2mkd" / file, out / "two_separate" / file) < 1e-6
 
 
+@pytest.mark.parametrize("mode", ["one", "two"])
+@pytest.mark.parametrize("file", ["m2mkd/pair_1/weights.safetensors", "end_to_end/weights.safetensors"])
+def test_bf16_phases_stay_near_fp32_and_keep_fp32_results(out: Path, mode: str, file: str) -> None:
+    phase = file.split("/")[0]
+    straight = out / ("one" if mode == "one" else f"two_{phase}") / file
+    coarse = out / f"{mode}_bf16_{phase}" / file
+    # AdamW's first steps have the size of lr whatever the gradient's, so a weight with a noisy gradient may walk the other
+    # way: at most 2 * lr * 4 steps = 1.6e-2 apart. Equal results would mean that bf16 was not on.
+    assert 1e-6 < worst_difference(straight, coarse) < 1.7e-2
+    assert all(t.dtype == torch.float32 for t in load_file(coarse).values())
+
+
 def test_single_pair_jobs_together_complete_the_node(out: Path) -> None:
     done = json.loads((out / "one_separate" / "m2mkd" / "done.json").read_text())
     assert sorted(done["files"]) == [f"pair_{i}/weights.safetensors" for i in range(3)]

@@ -100,6 +100,13 @@ def single_pair_jobs(config: RunConfig, world: World, mode: str, source: Path) -
         run_phase.run_in_world(separate, world, "m2mkd", pair)
 
 
+def in_bf16(config: RunConfig, world: World, mode: str, source: Path) -> None:
+    """Pairs, and a whole model with a moving average, in bf16."""
+    for phase in ("m2mkd", "end_to_end"):
+        coarse = replace(config, **{phase: replace(getattr(config, phase), precision="bf16")})
+        run_phase.run_in_world(start_from(coarse, world, f"{mode}_bf16_{phase}", phase, source), world, phase)
+
+
 def interrupted(config: RunConfig, world: World, mode: str, phase: str, source: Path, at_step: int) -> None:
     """Stop the phase at `at_step`, after the checkpoint of step 2, by an exception; then run it again to the end."""
     again = start_from(config, world, f"{mode}_interrupted_{phase}", phase, source)
@@ -157,6 +164,7 @@ def main() -> None:
     else:
         each_phase_from(source, config, world)
     single_pair_jobs(config, world, mode, source)
+    in_bf16(config, world, mode, source)
     interrupted(config, world, mode, "m2mkd", source, at_step=3)
     interrupted(config, world, mode, "end_to_end", source, at_step=3)
     poisoned(config, world, mode, source)

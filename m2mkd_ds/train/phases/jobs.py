@@ -40,7 +40,7 @@ def make_trainee(
     owner = {"baseline": "end_to_end"}.get(name, name.split(" ")[0])
     settings = resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=precision, where=owner)
     module.to(ctx.world.device).train()
-    average = copy.deepcopy(module).eval() if phase.ema_decay else None
+    average = copy.deepcopy(module).to(ctx.dtype(phase.precision)).eval() if phase.ema_decay else None
     engine = DeepSpeedEngine(module, build_adamw(module, phase), settings, ctx.world, ema_decay=phase.ema_decay)
     return Trainee(
         name=name, pair=pair, folder=folder, engine=engine, fingerprint=print_, average=average,
