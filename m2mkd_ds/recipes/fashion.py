@@ -29,7 +29,7 @@ def fashion() -> RunConfig:
     phase = PhaseConfig(
         epochs=1, micro_batch_size=64, lr=1.5e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=0.1, warmup_lr=1e-5, clip_grad=1.0,
         precision="fp32",
-        eval_epochs=1.0, checkpoint_steps=250, log_steps=20,
+        eval_epochs=0.5, checkpoint_steps=250, log_steps=20,
     )  # fmt: skip
     return RunConfig(
         name="fashion",
@@ -43,13 +43,13 @@ def fashion() -> RunConfig:
         ),
         meta=MetaConfig(depths=(1, 1, 1)),
         student=StudentConfig(
-            embed_dim=64, num_heads=2, patch_size=7, mlp_ratio=2.0, depths=(2, 2, 2),
+            embed_dim=64, num_heads=2, patch_size=7, mlp_ratio=2.0, depths=(2, 2, 2), keep_stitches=True,
             moe=MoEConfig(num_experts=4, router=RouterConfig(top_k=2)),
         ),
         distill=DistillConfig(kd_weight=0.5, temperature=1.0),
         pretrain_meta=phase,
         modular_train=phase,
-        assemble_finetune=replace(phase, epochs=0.5, warmup_epochs=0.0, lr=5e-4),
+        assemble_finetune=replace(phase, warmup_epochs=0.0, lr=1e-3),
         m2mkd=phase,
         end_to_end=replace(phase, warmup_epochs=0.0, lr=1e-3),
         launch=LaunchConfig(num_gpus=2, one_job=True),
