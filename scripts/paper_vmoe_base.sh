@@ -31,7 +31,7 @@ done
 [ $# -ge 3 ] || fail "expected HOSTFILE RUN_DIR SHARDS; see --help"
 hostfile=$(realpath -m -- "$1") run_dir=$(realpath -m -- "$2") shards=$(realpath -m -- "$3")
 shift 3
-[ -f "$hostfile" ] || fail "$1: no such hostfile; scripts/hostfile.example shows one"
+[ -f "$hostfile" ] || fail "$hostfile: no such hostfile; scripts/hostfile.example shows one"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 read -r first_host hosts ranks < <(awk '/^[ \t]*(#|$)/ {next}

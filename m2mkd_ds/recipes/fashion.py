@@ -24,12 +24,13 @@ def fashion() -> RunConfig:
     """Fashion-MNIST (60,000 + 10,000 images, 28x28), a teacher of 6 blocks in 3 modules, a V-MoE of 6 blocks with 4 experts.
 
     Command:   ./scripts/quickstart.sh      or      m2mkd pipeline --recipe fashion --run-dir runs/fashion
-    Hardware:  2 CPU cores (2 ranks).
+    Hardware:  2 CPU cores (2 ranks), about ten minutes.
+    Expected:  top-1 of teacher, final student and baseline 81 to 84 %. One epoch a phase is too short for a difference
+               between student and baseline to mean anything (docs/log.md).
     """
     phase = PhaseConfig(
         epochs=1, micro_batch_size=64, lr=1.5e-3, lr_batch=0, min_lr=1e-5, warmup_epochs=0.1, warmup_lr=1e-5, clip_grad=1.0,
-        precision="fp32",
-        eval_epochs=0.5, checkpoint_steps=250, log_steps=20,
+        precision="fp32", eval_epochs=0.5, checkpoint_steps=250, log_steps=20,
     )  # fmt: skip
     return RunConfig(
         name="fashion",
@@ -61,7 +62,8 @@ def fashion_pretrained() -> RunConfig:
     """As `fashion`, with a teacher from a file (same shape), for which only the meta model is trained.
 
     Command:   m2mkd pipeline --recipe fashion_pretrained --set teacher.weights=TEACHER.safetensors
-    Hardware:  2 CPU cores.
+    Hardware:  2 CPU cores, about eight minutes.
+    Expected:  as `fashion`, with the teacher's own accuracy.
     """
     base = fashion()
     teacher = replace(base.teacher, source="pretrained", weights="teacher.safetensors")

@@ -25,7 +25,7 @@ from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, count_parameters
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
 from m2mkd_ds.train.evaluate import Output, Score, paired_interval
-from m2mkd_ds.train.nodes import Node, write_done
+from m2mkd_ds.train.nodes import Node, withdraw_done, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 from m2mkd_ds.train.phases.jobs import run_evaluation
 from m2mkd_ds.train.steps import unpack
@@ -46,6 +46,7 @@ def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
     if ctx.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         results = summarise_scores(scores, sizes, seed=ctx.config.seed, world_size=ctx.world.size)
+        withdraw_done(folder)
         write_json_atomic(folder / "results.json", results)
         write_json_atomic(folder / "predictions.json", {name: s.predictions_N.tolist() for name, s in scores.items()})
         files = [folder / "results.json", folder / "predictions.json"]

@@ -18,7 +18,7 @@ from m2mkd_ds.logs import logger
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.nodes import find_node, fingerprint, write_done
+from m2mkd_ds.train.nodes import find_node, fingerprint, withdraw_done, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 
 
@@ -28,6 +28,7 @@ def export_node(ctx: RunContext) -> None:
     node = find_node(ctx.config, "export")
     print_ = fingerprint(ctx.config, node, ctx.root, ctx.data_fingerprints)
     (ctx.root / "export").mkdir(parents=True, exist_ok=True)
+    withdraw_done(ctx.root / "export")
     folder = export_student(ctx, ctx.root / "export" / "model", dtype="fp32")
     files = [file for file in folder.rglob("*") if file.is_file()]
     write_done(ctx.root / "export", node, ctx.config, print_, files, wall_s=time.time() - started)

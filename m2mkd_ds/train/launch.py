@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from m2mkd_ds.config import ConfigError, LaunchConfig
@@ -33,6 +35,16 @@ def launch_command(launch: LaunchConfig, verb: list[str]) -> list[str]:
         if not set(word) <= SAFE:
             raise ConfigError(f"launcher argument {word!r} has a character that a remote shell would change; rename the folder or file")
     return command
+
+
+def with_own_port(launch: LaunchConfig) -> LaunchConfig:
+    """On this host alone, a port of its own for the job: two runs side by side would meet on the launcher's default one."""
+    if launch.hostfile or "--master_port" in launch.extra:
+        return launch
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return replace(launch, extra=("--master_port", str(port), *launch.extra))
 
 
 def spell(command: list[str]) -> str:
@@ -63,7 +75,7 @@ def run_launched(launch: LaunchConfig, verb: list[str]) -> None:
     environment = launch_environment(launch, os.environ)
     if not torch.accelerator.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = launch_command(launch, verb)
+    command = launch_command(with_own_port(launch), verb)
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         code = process.wait()

@@ -12,7 +12,7 @@ from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distill.assemble import assemble_student, split_exact
 from m2mkd_ds.models.vit import adapt_weights, pretrained_weights, stage_names
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.nodes import find_node, fingerprint, teacher_file, write_done
+from m2mkd_ds.train.nodes import find_node, fingerprint, teacher_file, withdraw_done, write_done
 from m2mkd_ds.train.phases.finish import lineage
 
 
@@ -24,6 +24,7 @@ def split(ctx: RunContext) -> None:
     folder = ctx.root / "split"
     folder.mkdir(parents=True, exist_ok=True)
     stages = split_exact(teacher_weights(ctx), [stage_names(ctx.teacher_arch, pair.teacher) for pair in ctx.pairs])
+    withdraw_done(folder)
     files = []
     for pair, tensors in zip(ctx.pairs, stages, strict=True):
         file = folder / f"module_{pair.index}.safetensors"
@@ -68,5 +69,6 @@ def assemble(ctx: RunContext) -> None:
     )
     folder = ctx.root / "assemble"
     folder.mkdir(parents=True, exist_ok=True)
+    withdraw_done(folder)
     save_weights(folder / "weights.safetensors", tensors, lineage(ctx, node, None))
     write_done(folder, node, ctx.config, print_, [folder / "weights.safetensors"], wall_s=time.time() - started)

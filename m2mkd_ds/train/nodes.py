@@ -167,6 +167,11 @@ def missing_files(folder: Path, done: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def withdraw_done(folder: Path) -> None:
+    """Remove the record of an output that is about to be replaced: stopped half-way, it must not vouch for the new files."""
+    (folder / "done.json").unlink(missing_ok=True)
+
+
 def write_done(folder: Path, node: Node, config: RunConfig, print_: str, files: list[Path], **facts: Any) -> None:
     """Write done.json, the last act of a node. `print_` is its fingerprint; `facts` such as wall_s, steps, images are kept."""
     record = {

@@ -90,6 +90,15 @@ def group(todo: list[Node], *, one_job: bool) -> list[list[Node]]:
     return groups
 
 
+def still_needed(ctx: RunContext, nodes: list[Node]) -> list[Node]:
+    """The nodes of a group that must run now: an input that ran again may have come out with the same bytes as before."""
+    rerun: set[str] = set()
+    for node in nodes:
+        if not node_state(ctx.config, node, ctx.root, ctx.data_fingerprints, rerun).complete:
+            rerun.add(node.name)
+    return [node for node in nodes if node.name in rerun]
+
+
 def describe_plan(ctx: RunContext, planned: list[Planned]) -> str:
     """What `--dry-run` prints: the DAG with decisions and reasons, then the commands that would run."""
     lines = []
@@ -123,7 +132,11 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
     groups = group([item.node for item in planned if item.action == "run"], one_job=config.launch.one_job)
     skipped = sum(item.state.complete for item in planned)
     logger.info("pipeline %s in %s: %d nodes to run, %d complete", config.name, config.run_dir, sum(map(len, groups)), skipped)
-    for nodes in groups:
+    for planned_nodes in groups:
+        nodes = still_needed(ctx, planned_nodes)
+        if not nodes:
+            logger.info("== %s: its inputs came out as before, nothing to do ==", ", ".join(node.name for node in planned_nodes))
+            continue
         names, started = [node.name for node in nodes], time.monotonic()
         logger.info("== %s ==", ", ".join(names))
         if any(node.launched for node in nodes):

@@ -9,14 +9,14 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 LAUNCHED = ["pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline", "evaluate"]
 IN_ORDER = [
-    "pretrain_meta", "modular_train", "assemble_finetune", "split", "m2mkd", "assemble", "end_to_end", "baseline", "evaluate", "export", "report",
+    "pretrain_meta", "modular_train", "assemble_finetune", "split", "m2mkd", "assemble", "end_to_end", "baseline", "evaluate",
+    "export", "report",
 ]  # fmt: skip
 
 STAND_IN = """#!/usr/bin/env bash
@@ -35,8 +35,6 @@ case "${0##*/} $1" in
     scontrol*) [ "$1 $2 $3" = "show hostnames $SLURM_JOB_NODELIST" ] && printf '%s\\n' $HOSTS ;;
 esac
 """
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Cluster:
@@ -63,7 +61,8 @@ class Cluster:
 
     def paper(self, *words: str, lazy: str = "", flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """paper_vmoe_base.sh on this cluster's hosts, run folder and shards."""
-        return self.start("paper_vmoe_base.sh", *flags, str(self.hostfile), str(self.run_dir), str(self.folder / "shards"), *words, lazy=lazy)
+        places = str(self.hostfile), str(self.run_dir), str(self.folder / "shards")
+        return self.start("paper_vmoe_base.sh", *flags, *places, *words, lazy=lazy)
 
     def calls(self) -> list[str]:
         """Commands in the order in which they were given."""
@@ -191,7 +190,8 @@ def test_under_slurm_each_node_gets_its_own_number(cluster: Cluster) -> None:
 
     cluster.run_dir.mkdir()
     (cluster.run_dir / "config.yaml").touch()
-    done = cluster.start("slurm.sbatch", str(cluster.run_dir), "pretrain_meta", "m2mkd,assemble", **SLURM, SLURM_SUBMIT_DIR=str(cluster.root))
+    job = {**SLURM, "SLURM_SUBMIT_DIR": str(cluster.root)}
+    done = cluster.start("slurm.sbatch", str(cluster.run_dir), "pretrain_meta", "m2mkd,assemble", **job)
     assert done.returncode == 0, done.stderr
     starts = [parse_args(shlex.split(call)[1:]) for call in cluster.calls()]
     # srun starts n1 before n2 here; their numbers are their lines in the hostfile, n2 first.

@@ -61,7 +61,7 @@ def test_the_steps_stand_in_order(start: Start) -> None:
         "data.validation=run/data/fashion_mnist/validation data.source=fashion_mnist",
     ]
     # Whoever gets the exported folder does not have our package: it must not be importable there.
-    assert calls[2].endswith("classify run/export run/data/fashion_mnist/validation PYTHONPATH=[]")
+    assert calls[2].endswith("classify run/export/model run/data/fashion_mnist/validation PYTHONPATH=[]")
     assert calls[3:] == ["report run"]
 
 

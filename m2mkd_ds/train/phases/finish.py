@@ -12,7 +12,7 @@ from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.distributed.world import barrier
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.loop import Trainee
-from m2mkd_ds.train.nodes import Node, missing_files, output_hashes, read_done, write_done
+from m2mkd_ds.train.nodes import Node, missing_files, output_hashes, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.jobs import result_weights
 
 
@@ -21,6 +21,8 @@ def finish_trainee(ctx: RunContext, node: Node, trainee: Trainee, facts: dict[st
     tensors = result_weights(trainee)
     if ctx.world.rank == 0:
         weights = trainee.folder / "weights.safetensors"
+        withdraw_done(ctx.root / node.name)  # of a node of pairs, the whole node's record too
+        withdraw_done(trainee.folder)
         save_weights(weights, tensors, lineage(ctx, node, trainee.pair if node.per_pair else None))
         write_done(trainee.folder, node, ctx.config, trainee.fingerprint, [weights], **facts)
     barrier()

@@ -1,0 +1,112 @@
+"""What test_train_evaluate.py runs in three processes: the exact evaluation in jobs of one, two and three ranks (gloo, no launcher).
+
+    python evaluate_job.py OUT      OUT/small and OUT/large hold shards; writes OUT/results.json
+Image i is one grey value g(i), and the models look logits up in a table by that value: so what they answer is known without
+running any of the code that decodes, batches and counts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import Tensor
+
+from m2mkd_ds.config import DataConfig
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.loader import EvalLoader, ImageBatch
+from m2mkd_ds.distributed.world import World
+from m2mkd_ds.moe.routing import RoutingStats
+from m2mkd_ds.train.evaluate import Output, Score, evaluate
+
+WORLDS = (1, 2, 3)
+NUM_EXPERTS = 3
+BATCH = 4
+
+
+def logits_table(num_classes: int) -> Tensor:
+    """Logits [256, V] by grey value."""
+    return torch.randn(256, num_classes, generator=torch.Generator().manual_seed(num_classes)) * 2
+
+
+def grey_values(images_BCHW: Tensor) -> Tensor:
+    return (images_BCHW.mean(dim=(1, 2, 3)) * 255).round().long()
+
+
+def dense(grey_B: Tensor, num_classes: int) -> Output:
+    return logits_table(num_classes)[grey_B], {}
+
+
+def sparse(grey_B: Tensor, num_classes: int) -> Output:
+    """Sends one row an image to expert g mod 3; reports the entropy g / 100."""
+    load_E = torch.bincount(grey_B % NUM_EXPERTS, minlength=NUM_EXPERTS)
+    stats = RoutingStats(load_E, load_E.float(), (grey_B.float() / 100).mean(), torch.tensor(0.0))
+    return -logits_table(num_classes)[grey_B], {2: stats}
+
+
+class Tampered:
+    """A loader that repeats one batch, or leaves its last one out."""
+
+    def __init__(self, loader: EvalLoader, what: str) -> None:
+        batches = list(loader)
+        self.batches = [*batches, batches[0]] if what == "repeat" else batches[:-1]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        return iter(self.batches)
+
+
+def plain(score: Score) -> dict[str, Any]:
+    values = asdict(score)
+    load = {str(block): load_E.tolist() for block, load_E in score.expert_load.items()}
+    return {**values, "predictions_N": score.predictions_N.tolist(), "hits_N": score.hits_N.tolist(), "expert_load": load}
+
+
+def scores(folder: Path, world: World, tamper: str = "") -> dict[str, Any]:
+    index = ShardIndex.load(folder)
+    data = DataConfig(num_classes=index.num_classes, image_size=8, mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1.0, num_workers=0)
+    loader: Any = EvalLoader(index, data, batch_size=BATCH, rank=world.rank, world=world.size)
+    if tamper and world.rank == world.size - 1:
+        loader = Tampered(loader, tamper)
+    models = {name: (lambda g, f=f: f(g, index.num_classes)) for name, f in (("dense", dense), ("sparse", sparse))}
+    found = evaluate(grey_values, models, loader, world, num_images=index.num_samples, dtype=torch.float32)
+    return {name: plain(score) for name, score in found.items()}
+
+
+def rank_main(rank: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for size in WORLDS:
+        if rank >= size:
+            continue
+        torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous_{size}", rank=rank, world_size=size)
+        world = World(rank, size, rank, size, torch.device("cpu"))
+        for name in ("large", "small"):
+            results[f"{name}_{size}"] = scores(out / name, world)
+        for tamper in ("repeat", "drop"):
+            try:
+                scores(out / "large", world, tamper)
+                results[f"{tamper}_{size}"] = "no error"
+            except RuntimeError as err:
+                results[f"{tamper}_{size}"] = str(err)
+        torch.distributed.destroy_process_group()
+    (out / f"results_{rank}.json").write_text(json.dumps(results))
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    # forked before any thread was started: three fresh interpreters would spend ten times as long on their imports
+    torch.multiprocessing.start_processes(rank_main, args=(out,), nprocs=max(WORLDS), start_method="fork")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Nodes: what their fingerprints depend on, and how a finished one is judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from m2mkd_ds.config import ConfigError, RunConfig, apply_overrides
+from m2mkd_ds.recipes import get_recipe
+from m2mkd_ds.train.nodes import (
+    build_dag,
+    describe_change,
+    find_node,
+    fingerprint,
+    node_state,
+    output_hashes,
+    read_done,
+    relevant_config,
+)
+from tests.train.finished_run import DATA, finish, finish_all
+
+TINY = get_recipe("tiny")
+TRAINED = {"pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline"}
+STUDENT = {"m2mkd", "assemble", "end_to_end", "baseline", "evaluate", "export"}
+TEACHER = {"pretrain_meta", "modular_train", "assemble_finetune", "split", "m2mkd", "evaluate"}
+
+
+def nodes_that_see(*overrides: str) -> set[str]:
+    """Nodes whose own fields change with the overrides (not those that only hang on them)."""
+    other = apply_overrides(TINY, list(overrides))
+    before = {node.name: relevant_config(TINY, node) for node in build_dag(TINY)}
+    after = {node.name: relevant_config(other, node) for node in build_dag(other)}
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pretrain_meta.lr=1e-4", {"pretrain_meta"}),
+        ("modular_train.drop_path=0.1", {"modular_train"}),
+        ("assemble_finetune.epochs=2", {"assemble_finetune"}),
+        ("m2mkd.lr=1e-4", {"m2mkd"}),
+        ("distill.kd_weight=0", {"m2mkd"}),
+        ("m2mkd.epochs=7", {"m2mkd", "baseline"}),  # the control takes as many steps as m2mkd and end_to_end
+        ("m2mkd.micro_batch_size=8", {"m2mkd", "baseline"}),
+        ("end_to_end.lr=1e-4", {"end_to_end", "baseline"}),
+        ("student.moe.num_experts=5", STUDENT),
+        ("student.keep_stitches=true", STUDENT - {"m2mkd", "baseline"}),
+        ("meta.depths=[2,1]", {"pretrain_meta", "modular_train", "m2mkd", "evaluate"}),
+        ("teacher.arch_args.num_heads=4", TEACHER),
+        ("seed=1", TRAINED),
+        ("data.image_size=32", TRAINED | {"evaluate", "export"}),
+        ("export.license=apache-2.0", {"export"}),
+        ("name=other", {"report"}),
+    ],
+)
+def test_a_field_changes_exactly_the_nodes_that_it_matters_to(override: str, expected: set[str]) -> None:
+    assert nodes_that_see(override) == expected
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir=/elsewhere", "data.train=/elsewhere/train", "data.validation=/elsewhere/validation", "data.source=", "data.num_workers=3",
+        "m2mkd.log_steps=7", "m2mkd.checkpoint_steps=7", "end_to_end.eval_epochs=1", "launch.num_gpus=7", "launch.one_job=false",
+        "tensorboard=true", "teacher.weights=unused.pth", "teacher.feed=colocated",
+    ],
+)  # fmt: skip
+def test_a_field_that_does_not_change_results_changes_no_node(override: str) -> None:
+    assert nodes_that_see(override) == set()
+
+
+def test_the_content_of_the_data_counts_where_it_is_read(tmp_path: Path) -> None:
+    finish_all(TINY, tmp_path)
+    changed = {**DATA, "train": "other images"}
+    reading = {n.name for n in build_dag(TINY) if fingerprint(TINY, n, tmp_path, DATA) != fingerprint(TINY, n, tmp_path, changed)}
+    assert reading == TRAINED | {"evaluate"}
+
+
+def test_the_bytes_of_inputs_count_and_nothing_else_of_them(tmp_path: Path) -> None:
+    finish_all(TINY, tmp_path)
+    dag = build_dag(TINY)
+    before = {node.name: fingerprint(TINY, node, tmp_path, DATA) for node in dag}
+    finish(TINY, tmp_path, "m2mkd")  # done.json has a new time, the output the same bytes
+    assert {node.name: fingerprint(TINY, node, tmp_path, DATA) for node in dag} == before
+    finish(TINY, tmp_path, "m2mkd", content="other weights")
+    after = {node.name: fingerprint(TINY, node, tmp_path, DATA) for node in dag}
+    assert {name for name in before if before[name] != after[name]} == {"assemble", "evaluate", "report"}
+
+
+def test_the_run_folder_and_its_place_do_not_count(tmp_path: Path) -> None:
+    node = find_node(TINY, "pretrain_meta")
+    assert fingerprint(TINY, node, tmp_path / "a", DATA) == fingerprint(replace(TINY, run_dir="/b"), node, tmp_path / "b", DATA)
+
+
+def pretrained(weights: Path | str) -> RunConfig:
+    base = get_recipe("tiny_pretrained")
+    return replace(base, teacher=replace(base.teacher, weights=str(weights)))
+
+
+def test_a_teacher_file_counts_by_its_content(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.pth", tmp_path / "elsewhere.pth"
+    first.write_bytes(b"weights")
+    second.write_bytes(b"weights")
+    node = find_node(pretrained(first), "split")
+    before = fingerprint(pretrained(first), node, tmp_path, DATA)
+    assert fingerprint(pretrained(second), node, tmp_path, DATA) == before
+    first.write_bytes(b"retrained")
+    assert fingerprint(pretrained(first), node, tmp_path, DATA) != before
+    assert fingerprint(pretrained("timm"), node, tmp_path, DATA) != before  # from timm's hub: no file is read
+    with pytest.raises(ConfigError, match=r"teacher\.weights .*none\.pth: no such file"):
+        fingerprint(pretrained(tmp_path / "none.pth"), node, tmp_path, DATA)
+
+
+def test_the_two_routes_to_a_teacher_have_their_own_order() -> None:
+    names = [node.name for node in build_dag(TINY)]
+    assert names == [
+        "pretrain_meta", "modular_train", "assemble_finetune", "split", "m2mkd", "assemble", "end_to_end", "baseline", "evaluate",
+        "export", "report",
+    ]  # fmt: skip
+    other = [node.name for node in build_dag(replace(pretrained("timm"), baseline=False))]
+    assert other == ["split", "pretrain_meta", "m2mkd", "assemble", "end_to_end", "evaluate", "export", "report"]
+    for config in (TINY, pretrained("timm")):
+        done: set[str] = set()
+        for node in build_dag(config):
+            assert set(node.inputs) <= done, "inputs come first"
+            done.add(node.name)
+
+
+def test_an_unknown_node_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match="no node 'm2mk' in this run; allowed are pretrain_meta, modular_train, .*report"):
+        find_node(TINY, "m2mk")
+
+
+def test_describe_change_names_the_field_and_both_values() -> None:
+    before = {"m2mkd.lr": 0.001, "seed": 0, "old": 1}
+    assert describe_change(before, dict(before)) == ""
+    assert describe_change(before, {**before, "m2mkd.lr": 0.002}) == "m2mkd.lr changed: 0.001 -> 0.002"
+    assert describe_change(before, {"m2mkd.lr": 0.001, "seed": 0}) == "old changed: 1 -> None"
+
+
+def judge(config: RunConfig, root: Path, name: str, *, rerun: frozenset[str] = frozenset(), data: dict[str, str] = DATA) -> tuple[bool, str]:
+    state = node_state(config, find_node(config, name), root, data, set(rerun))
+    return state.complete, state.reason
+
+
+def test_a_finished_node_is_complete_and_says_since_when(tmp_path: Path) -> None:
+    finish_all(TINY, tmp_path)
+    done = json.loads((tmp_path / "m2mkd" / "done.json").read_text())
+    assert judge(TINY, tmp_path, "m2mkd") == (True, f"complete since {done['finished']}, inputs unchanged")
+    assert {"torch", "deepspeed", "timm", "python"} <= done["versions"].keys() and done["inputs"] == ["pretrain_meta", "split"]
+
+
+def test_why_a_node_must_run(tmp_path: Path) -> None:
+    assert judge(TINY, tmp_path, "m2mkd") == (False, "not done yet")
+    (tmp_path / "m2mkd" / "pair_1" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert judge(TINY, tmp_path, "m2mkd") == (False, "goes on from its checkpoint")
+    finish_all(TINY, tmp_path)
+    changed = apply_overrides(TINY, ["m2mkd.lr=1e-4"])
+    assert judge(changed, tmp_path, "m2mkd") == (False, "m2mkd.lr changed: 0.002 -> 0.0001")
+    assert judge(TINY, tmp_path, "m2mkd", rerun=frozenset({"split"})) == (False, "its input split runs first")
+    assert judge(TINY, tmp_path, "m2mkd", data={**DATA, "train": "other"}) == (False, "its inputs or the data changed")
+    finish(TINY, tmp_path, "split", content="other modules")
+    assert judge(TINY, tmp_path, "m2mkd") == (False, "its inputs or the data changed")
+    (tmp_path / "split" / "done.json").unlink()
+    assert judge(TINY, tmp_path, "m2mkd") == (False, "its input split is not done")
+
+
+def test_a_missing_or_truncated_output_file_is_noticed(tmp_path: Path) -> None:
+    finish_all(TINY, tmp_path)
+    file = tmp_path / "split" / "output.txt"
+    file.write_text("spli")  # one byte is gone
+    assert judge(TINY, tmp_path, "split") == (False, "split/output.txt is missing or has another size")
+    file.unlink()
+    assert judge(TINY, tmp_path, "split") == (False, "split/output.txt is missing or has another size")
+    finish(TINY, tmp_path, "split")
+    assert judge(TINY, tmp_path, "split")[0]
+
+
+def test_inputs_that_are_not_finished_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"split holds no finished output; run it first: m2mkd pipeline --run-dir .* --until split"):
+        output_hashes(tmp_path, "split")
+    assert read_done(tmp_path / "split") is None
