@@ -122,6 +122,7 @@ def pipeline(
     recipe: str = "",
     config: Path | None = None,
     run_dir: str = "",
+    modules: int = 0,
     until: str = "",
     only: str = "",
     dry_run: bool = False,
@@ -133,6 +134,8 @@ def pipeline(
         recipe: Name of a recipe (see `m2mkd recipes`). This or --config.
         config: Resolved config of a run (RUN/config.yaml). This or --recipe.
         run_dir: Run folder; by default the one that config.yaml lies in, or the recipe's name under runs/.
+        modules: Cut teacher and student into this many equal modules, with one meta block each (sets teacher.depths, meta.depths and
+            student.depths); 0 keeps the recipe's own.
         until: Stop after this node.
         only: Run just this node (its inputs must be complete).
         dry_run: Print the DAG, what would run or be skipped and why, and the `deepspeed` commands; run nothing.
@@ -304,6 +307,21 @@ def _resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence
     if teacher.weights not in ("", "timm"):
         teacher = replace(teacher, weights=_absolute(teacher.weights))
     return replace(resolved, run_dir=str(folder), data=data, teacher=teacher)
+
+
+def _cut_evenly(config: RunConfig, modules: int) -> RunConfig:
+    """Equal stages for any teacher. Raises ValueError, with an uneven split to copy, when the blocks do not divide."""
+    from m2mkd_ds.distill.pairs import even_depths
+    from m2mkd_ds.models.vit import VitArch, num_blocks
+
+    teacher, student = config.teacher, config.student
+    blocks = num_blocks(VitArch(teacher.arch, dict(teacher.arch_args), config.data.num_classes, config.data.image_size))
+    return replace(
+        config,
+        teacher=replace(teacher, depths=even_depths(blocks, modules, "teacher.depths")),
+        meta=replace(config.meta, depths=(1,) * modules),
+        student=replace(student, depths=even_depths(sum(student.depths), modules, "student.depths")),
+    )
 
 
 def _absolute(path: str) -> str:

@@ -372,7 +372,7 @@ for _cls in (
     LaunchConfig, ExportConfig, RunConfig,
 ):  # fmt: skip
     # pydantic refuses keys that no field has, and NaN and infinity, all the way down
-    _cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
+    _cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[union-attr]
 
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> RunConfig:
@@ -468,9 +468,7 @@ class _YamlWriter(yaml.SafeDumper):
 
 
 for _yaml in (_YamlReader, _YamlWriter):
-    _yaml.add_implicit_resolver(  # type: ignore[attr-defined]
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def _parse_value(raw: str, path: str) -> Any:

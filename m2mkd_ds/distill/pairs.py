@@ -26,11 +26,11 @@ def stage_spans(depths: Sequence[int]) -> tuple[StageSpan, ...]:
     return tuple(StageSpan(end - depth, end - 1, total) for depth, end in zip(depths, ends, strict=True))
 
 
-def even_depths(num_blocks: int, num_stages: int) -> tuple[int, ...]:
-    """Equal stages; raises ValueError when the blocks do not divide, because an uneven split must be asked for."""
+def even_depths(num_blocks: int, num_stages: int, field: str = "teacher.depths") -> tuple[int, ...]:
+    """Equal stages; raises ValueError when the blocks do not divide, because an uneven split must be asked for (by `field`)."""
     if num_stages < 1 or num_blocks % num_stages:
         raise ValueError(
-            f"{num_blocks} blocks do not divide into {num_stages} equal stages; give teacher.depths explicitly, for example "
+            f"{num_blocks} blocks do not divide into {num_stages} equal stages; give {field} explicitly, for example "
             f"{[num_blocks // max(num_stages, 1) + (i < num_blocks % max(num_stages, 1)) for i in range(num_stages)]}"
         )
     return (num_blocks // num_stages,) * num_stages

@@ -55,7 +55,7 @@ def plan_run(ctx: RunContext, *, until: str = "", only: str = "") -> list[Planne
             raise ConfigError(f"{flag} {name}: no such node in this run; allowed are {', '.join(names)}")
     rerun: set[str] = set()
     complete: set[str] = set()
-    planned = []
+    planned: list[Planned] = []
     for position, node in enumerate(dag):
         wanted = node.name == only if only else (not until or position <= names.index(until))
         state = node_state(ctx.config, node, ctx.root, ctx.data_fingerprints, rerun)

@@ -35,11 +35,12 @@ class StepOutput:
     metrics: dict[str, Any]
 
 
-def unpack(output: Tensor | VMoEOutput) -> tuple[Tensor, Mapping[str, Tensor], Mapping[int, Any]]:
-    """(output, router losses, routing statistics by block) of a dense stage or a V-MoE module."""
+def unpack(output: Tensor | list[Tensor] | VMoEOutput) -> tuple[Tensor, Mapping[str, Tensor], Mapping[int, Any]]:
+    """(output, router losses, routing statistics by block) of a dense stage, of a meta model that shows its boundaries (its last
+    entry: the logits), or of a V-MoE module."""
     if isinstance(output, VMoEOutput):
         return output.output, output.router_losses, output.stats
-    return output, {}, {}
+    return output[-1] if isinstance(output, list) else output, {}, {}
 
 
 def router_total(losses: Mapping[str, Tensor], like: Tensor) -> Tensor:

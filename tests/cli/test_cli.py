@@ -112,9 +112,7 @@ FLAGS = ["--local_rank=1", "--deepspeed", "--deepspeed_config", "x/zero2.json"]
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_what_the_launcher_and_its_users_add_is_taken_out_anywhere(
-    place: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_the_launcher_and_its_users_add_is_taken_out_anywhere(place: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("LOCAL_RANK", "M2MKD_DS_CONFIG"):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts it back
         monkeypatch.delenv(name)

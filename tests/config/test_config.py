@@ -57,7 +57,9 @@ def test_values_are_yaml_of_the_fields_type(text: str, path: str, expected: obje
 
 
 def test_arch_args_take_any_key_with_its_yaml_type() -> None:
-    args = changed("teacher.arch_args.depth=4", "teacher.arch_args.init_values=1e-5", "teacher.arch_args.class_token=false").teacher.arch_args
+    args = changed(
+        "teacher.arch_args.depth=4", "teacher.arch_args.init_values=1e-5", "teacher.arch_args.class_token=false"
+    ).teacher.arch_args
     assert args == {"depth": 4, "init_values": 0.00001, "class_token": False}
     assert isinstance(args["init_values"], float) and args["class_token"] is False
 

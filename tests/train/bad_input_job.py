@@ -1,6 +1,6 @@
 """What test_train_bad_input.py runs in one process without a launcher: phases that meet a full disk or a foreign checkpoint.
 
-    python bad_input_job.py OUT SHARDS      writes OUT/results.json
+python bad_input_job.py OUT SHARDS      writes OUT/results.json
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import math
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,7 +136,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("size", WORLDS)
 @pytest.mark.parametrize(("name", "sign"), [("dense", 1), ("sparse", -1)])
 @pytest.mark.parametrize(("data", "images", "classes"), [("large", *LARGE), ("small", *SMALL)])
-def test_counts_are_those_of_a_plain_loop(results: dict[str, Any], data: str, images: int, classes: int, name: str, sign: int, size: int) -> None:
+def test_counts_are_those_of_a_plain_loop(
+    results: dict[str, Any], data: str, images: int, classes: int, name: str, sign: int, size: int
+) -> None:
     table = (sign * logits_table(classes).double()).tolist()
     found = results[f"{data}_{size}"][name]
     top1 = top5 = 0

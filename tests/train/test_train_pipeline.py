@@ -201,7 +201,9 @@ def test_runs_on_one_host_get_ports_of_their_own() -> None:
         assert with_own_port(settled) == settled
 
 
-@pytest.mark.parametrize("word", ["/my runs/config.yaml", "a;b", "$HOME/x", "a'b", 'a"b', "a&b", "a|b", "a*", "a\nb", "läuft", "~/x", "(x)"])
+@pytest.mark.parametrize(
+    "word", ["/my runs/config.yaml", "a;b", "$HOME/x", "a'b", 'a"b', "a&b", "a|b", "a*", "a\nb", "läuft", "~/x", "(x)"]
+)
 def test_a_word_that_a_remote_shell_would_change_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="has a character that a remote shell would change; rename"):
         launch_command(LaunchConfig(num_gpus=1), ["train", "--config", word])
