@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.mapping import Drop, MappingError, apply_rules
@@ -83,8 +82,3 @@ def split_exact(tensors: Mapping[str, Tensor], stages: Sequence[Sequence[str]]) 
     if left:
         raise ValueError(f"no stage takes {left[:5]} ({len(left)} tensors are left over)")
     return cut
-
-
-def parameter_total(tensors: Mapping[str, Tensor]) -> int:
-    """Number of scalars in a state dict."""
-    return sum(torch.Size(t.shape).numel() for t in tensors.values())

@@ -96,8 +96,8 @@ def collect(run_dir: Path) -> RunFacts:
     facts.results = results or {}
     _read_curves(facts)
     _read_nodes(facts)
-    if (run_dir / "export" / "config.json").is_file():
-        facts.export = "export"
+    if (run_dir / "export" / "model" / "config.json").is_file():
+        facts.export = "export/model"
     if not (facts.config or facts.results or facts.curves or facts.nodes):
         raise ValueError(f"{run_dir}: not a run folder (no config.yaml, no metrics.jsonl, no done.json, no evaluate/results.json in it)")
     return facts

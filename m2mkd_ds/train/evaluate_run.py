@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_weights, write_json_atomic
+from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distill.hybrid import FrozenMeta, freeze
 from m2mkd_ds.distill.pairs import TeachingPair, stitch_specs
 from m2mkd_ds.distributed.world import barrier
@@ -25,7 +26,7 @@ from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, count_parameters
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
 from m2mkd_ds.train.evaluate import Output, Score, paired_interval
-from m2mkd_ds.train.nodes import Node, withdraw_done, write_done
+from m2mkd_ds.train.nodes import Node, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 from m2mkd_ds.train.phases.jobs import run_evaluation
 from m2mkd_ds.train.steps import unpack
@@ -40,6 +41,7 @@ def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
     """Write RUN/evaluate: results.json, the predictions of every model, and done.json for the fingerprint `print_`."""
     folder = ctx.root / node.name
     started = time.time()
+    _check_equal_steps(ctx)
     models, sizes = build_models(ctx)
     meta = load_meta(ctx, set(range(len(ctx.pairs))), torch.float32)
     scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
@@ -53,6 +55,17 @@ def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
         facts = {"wall_s": time.time() - started, "images": ctx.val_index.num_samples, "world_size": ctx.world.size}
         write_done(folder, node, ctx.config, print_, files, **facts)
     barrier()
+
+
+def _check_equal_steps(ctx: RunContext) -> None:
+    """The control must have had as many steps as the student; they differ when it was launched with another number of ranks."""
+    if ctx.config.baseline:
+        steps = {name: (read_done(ctx.root / name) or {}).get("steps", 0) for name in ("m2mkd", "end_to_end", "baseline")}
+        if steps["baseline"] != steps["m2mkd"] + steps["end_to_end"]:
+            raise ConfigError(
+                f"the baseline was trained for {steps['baseline']} steps and the student for {steps['m2mkd']} + {steps['end_to_end']}: "
+                f"launch all three with as many ranks; delete {ctx.root / 'baseline'} to train it again, or set baseline=false"
+            )
 
 
 def build_models(ctx: RunContext) -> tuple[Callable[[FrozenMeta], dict[str, Model]], dict[str, tuple[int, int]]]:

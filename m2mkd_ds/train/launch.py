@@ -76,6 +76,8 @@ def run_launched(launch: LaunchConfig, verb: list[str]) -> None:
     if not torch.accelerator.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = launch_command(with_own_port(launch), verb)
+    # A plain `kill` of the pipeline must end the ranks as Ctrl-C does; Python's default would leave them training.
+    before = signal.signal(signal.SIGTERM, _raise_exit)
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         code = process.wait()
@@ -86,5 +88,11 @@ def run_launched(launch: LaunchConfig, verb: list[str]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code != 0:
         raise LaunchError(f"{spell(command)} failed with exit code {code}; its message is above")
+
+
+def _raise_exit(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

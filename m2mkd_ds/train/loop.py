@@ -27,7 +27,7 @@ from m2mkd_ds.logs import MetricsWriter, Progress, logger
 from m2mkd_ds.moe.telemetry import load_metrics
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.evaluate import Score
-from m2mkd_ds.train.schedule import lr_at, scaled_lr
+from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
 from m2mkd_ds.train.steps import StepOutput
 
 
@@ -122,7 +122,7 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int) -> None:
                 clock, since_log = now, 0
             done = step + 1
             if done == job.total_steps or (eval_every and done % eval_every == 0):
-                _evaluate(job, active, log)
+                _evaluate(job, active)
                 clock, since_log = time.monotonic(), 0  # throughput is that of training alone
             for trainee in active:
                 if trainee.metrics is not None and trainee.pending:
@@ -206,7 +206,7 @@ def _learning_rate(job: Job, step: int) -> float:
     return lr_at(
         step,
         total_steps=job.total_steps,
-        warmup_steps=min(round(job.total_steps * phase.warmup_epochs / phase.epochs), job.total_steps - 1),
+        warmup_steps=num_warmup_steps(phase, job.num_images, job.global_batch_size),
         peak=scaled_lr(phase, job.global_batch_size),
         min_lr=phase.min_lr,
         warmup_lr=phase.warmup_lr,
@@ -217,7 +217,7 @@ def _steps_between_evaluations(job: Job) -> int:
     return max(1, round(job.phase.eval_epochs * job.num_images / job.global_batch_size)) if job.phase.eval_epochs else 0
 
 
-def _evaluate(job: Job, active: list[Trainee], logged: bool) -> None:
+def _evaluate(job: Job, active: list[Trainee]) -> None:
     for name, score in job.evaluate(active).items():
         trainee = next(t for t in active if t.name == name)
         trainee.pending.update({"eval/top1": score.top1, "eval/loss": score.loss_sum / score.images})

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd_ds import __version__
-from m2mkd_ds.checkpoint.store import file_sha256, write_json_atomic
+from m2mkd_ds.checkpoint.store import file_sha256, read_json, write_json_atomic
 from m2mkd_ds.config import ConfigError, RunConfig, to_dict
 
 LAYOUT = "student.keep_stitches"
 """Decides how modules are put together, not how they are trained."""
 
-STEPS_OF_M2MKD = tuple(f"m2mkd.{key}" for key in ("epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"))
-"""What the length of the baseline follows from."""
+STEPS_OF_M2MKD = tuple(
+    f"m2mkd.{key}"
+    for key in ("epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps", "lr", "lr_batch", "warmup_epochs", "warmup_lr")
+)
+"""What length, learning rate and warm-up of the baseline follow from."""
 
 TEACHER_FIELDS = ("teacher.arch", "teacher.arch_args", "teacher.depths", "teacher.source", "teacher.weights")
 
@@ -149,14 +153,20 @@ def output_hashes(root: Path, name: str) -> dict[str, str]:
     """{relative file: sha256} that the finished node `name` recorded."""
     done = read_done(root / name)
     if done is None:
-        raise ConfigError(f"{root / name} holds no finished output; run it first: m2mkd pipeline --run-dir {root} --until {name}")
+        raise ConfigError(f"{root / name} holds no finished output; run it first: m2mkd pipeline --config {root}/config.yaml")
     return {path: entry["sha256"] for path, entry in done["files"].items()}
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
     """The done record of a finished node (or pair), else None."""
     file = folder / "done.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
+
+
+def is_done(folder: Path, print_: str) -> bool:
+    """Whether the folder holds a finished result for the fingerprint `print_`."""
+    done = read_done(folder)
+    return done is not None and done["fingerprint"] == print_ and not missing_files(folder, done)
 
 
 def missing_files(folder: Path, done: Mapping[str, Any]) -> list[str]:
@@ -182,6 +192,7 @@ def write_done(folder: Path, node: Node, config: RunConfig, print_: str, files: 
         "files": {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(files)},
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
+        "commit": source_commit(),
         **facts,
     }
     write_json_atomic(folder / "done.json", record)
@@ -230,3 +241,15 @@ def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if before.get(path) != now.get(path):
             return f"{path} changed: {before.get(path)} -> {now.get(path)}"
     return ""
+
+
+def source_commit() -> str:
+    """The git commit of the package's checkout, `-dirty` when changed; `unknown` outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run.stdout.strip()

@@ -16,6 +16,7 @@ from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.launch import LaunchError, launch_command, run_launched, spell
 from m2mkd_ds.train.nodes import Node, NodeState, build_dag, node_state, reads_teacher_file, teacher_file
+from m2mkd_ds.train.preflight import as_launched, check_settings
 from m2mkd_ds.train.run_phase import RUNNABLE
 
 LocalRunner = Callable[[RunContext], None]
@@ -124,6 +125,7 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
     """
     ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
     planned = plan_run(ctx, until=until, only=only)
+    check_settings(as_launched(ctx), [item.node.name for item in planned if item.action == "run"])
     text = describe_plan(ctx, planned)
     if dry_run:
         return text

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 
 from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import parse_pairs
-from m2mkd_ds.distributed.world import World, barrier, init_world, shutdown
+from m2mkd_ds.distributed.world import World, barrier, broadcast_object, init_world, shutdown
 from m2mkd_ds.logs import format_seconds, logger, setup_logging
 from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.evaluate_run import evaluate_run
 from m2mkd_ds.train.loop import Job, train
-from m2mkd_ds.train.nodes import Node, find_node, fingerprint, missing_files, read_done
+from m2mkd_ds.train.nodes import Node, find_node, fingerprint, is_done
 from m2mkd_ds.train.phases import end_to_end, m2mkd, prepare
 from m2mkd_ds.train.phases.finish import finish_node, finish_trainee, unfinished_pairs
+from m2mkd_ds.train.preflight import check_settings
 
 WHOLE_MODEL_PHASES = {
     "pretrain_meta": prepare.pretrain_meta,
@@ -43,11 +44,12 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
     check_phases(config, names)
     world = init_world()
     setup_logging(world.rank)
-    try:
-        for name in names:
-            run_in_world(config, world, name, pairs)
-    finally:
-        shutdown()
+    check_settings(open_run(config, world), names)
+    for name in names:
+        run_in_world(config, world, name, pairs)
+    # Not in a `finally`: after an error on one rank the others stand in other collectives, and meeting them would hide the
+    # error until the time-out. The process ends, its connections close, and the launcher ends the rest.
+    shutdown()
 
 
 def check_phases(config: RunConfig, names: Sequence[str]) -> None:
@@ -64,8 +66,8 @@ def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all")
     node = find_node(config, name)
     print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
     started = time.monotonic()
-    done = read_done(ctx.root / name)
-    if done is not None and done["fingerprint"] == print_ and not missing_files(ctx.root / name, done):
+    # Rank 0 looks for all: another rank might look when rank 0 has finished the node already, and leave it out.
+    if broadcast_object(is_done(ctx.root / name, print_)):
         logger.info("%s: complete, nothing to do", name)
         return
     if name in PAIR_PHASES:
@@ -92,8 +94,7 @@ def _run_whole(ctx: RunContext, node: Node, print_: str) -> None:
 
 def _run_pairs(ctx: RunContext, node: Node, print_: str, pairs: str) -> None:
     chosen = parse_pairs(pairs, len(ctx.pairs))
-    left = tuple(i for i in chosen if i in unfinished_pairs(ctx, node, print_))
-    barrier()  # every rank has looked before rank 0 writes
+    left = tuple(i for i in chosen if i in broadcast_object(unfinished_pairs(ctx, node, print_)))
     started = time.time()
     facts = {}
     if left:

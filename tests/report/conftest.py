@@ -100,7 +100,8 @@ def write_run(folder: Path) -> Path:
                 (target / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(name, pair, steps)))
         (folder / name / "done.json").write_text(json.dumps(done))
     (folder / "evaluate" / "results.json").write_text(json.dumps(results()))
-    (folder / "export" / "config.json").write_text("{}")
+    (folder / "export" / "model").mkdir(parents=True)
+    (folder / "export" / "model" / "config.json").write_text("{}")
     return folder
 
 

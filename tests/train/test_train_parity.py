@@ -7,6 +7,7 @@ moving average are on, because each of them could depend on the rank by mistake.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,18 @@ def test_a_nan_on_one_rank_stops_all_ranks_with_step_and_slots(out: Path, mode: 
     # global batch 32: step 2 owns slots 64..95; the last rank's micro-batches begin at 64 (one rank) or at 80 (second of two)
     first_slot = 64 if ranks == 1 else 80
     assert f"slots [{first_slot}, {first_slot + 1}," in texts[-1]
+
+
+def test_a_rank_that_comes_late_to_a_node_of_rank_zero_takes_part(out: Path) -> None:
+    assert (out / "two_late" / "split" / "done.json").is_file()  # and the launch did not hang
+
+
+def test_an_error_on_one_rank_ends_the_job_at_once_with_its_message(out: Path) -> None:
+    began = time.monotonic()
+    job = launch(SCRIPT, [str(out), "broken"], ranks=2, timeout_s=120, check=False)
+    assert job.returncode != 0
+    assert "image number 7 cannot be decoded" in job.stdout
+    assert time.monotonic() - began < 90  # the time-out of a collective is 600 s
 
 
 def test_the_result_is_the_moving_average_when_one_is_kept(out: Path) -> None:

@@ -1,13 +1,15 @@
 """What the ranks of test_train_parity.py run: phases of a very small run on digits, in several arrangements.
 
-    python train_job.py OUT MODE      MODE: one (1 rank) | two (2 ranks)
+    python train_job.py OUT MODE      MODE: one (1 rank) | two (2 ranks) | broken (2 ranks)
 Every arrangement writes its own run folder below OUT; the test compares the weights.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 from m2mkd_ds.config import AugmentConfig, PhaseConfig, RunConfig
 from m2mkd_ds.distributed.world import World, barrier, init_world, shutdown
 from m2mkd_ds.recipes import get_recipe
-from m2mkd_ds.teacher.feed import TeacherBatch
+from m2mkd_ds.teacher.colocated import ColocatedFeed
+from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop, run_phase
 from m2mkd_ds.train.context import open_run
 from m2mkd_ds.train.local_nodes import assemble, split
@@ -127,6 +130,31 @@ def interrupted(config: RunConfig, world: World, mode: str, phase: str, source: 
     run_phase.run_in_world(again, world, phase)
 
 
+def late_rank(config: RunConfig, world: World, mode: str, source: Path) -> None:
+    """The last rank comes late to a node that rank 0 does alone; it must neither leave the node out nor wait for ever."""
+    late = replace(config, run_dir=str(source.with_name(f"{mode}_late")))
+    if world.rank == 0:
+        shutil.copytree(source / "assemble_finetune", Path(late.run_dir) / "assemble_finetune")
+    barrier()
+    for _ in range(2):
+        if world.rank == world.size - 1:
+            time.sleep(1.5)
+        run_phase.run_in_world(late, world, "split")
+
+
+def broken(config: RunConfig) -> None:
+    """A damaged image on the last rank only, at step 1, in a job as the command line starts it."""
+    original = ColocatedFeed.batch
+
+    def damaged(feed: ColocatedFeed, request: BatchRequest) -> TeacherBatch:
+        if request.step == 1 and os.environ["RANK"] == "1":
+            raise ValueError("shard-000000.tar: image number 7 cannot be decoded")
+        return original(feed, request)
+
+    ColocatedFeed.batch = damaged  # type: ignore[method-assign]
+    run_phase.run_phases(config, ["pretrain_meta"])
+
+
 def poisoned(config: RunConfig, world: World, mode: str, source: Path) -> None:
     """A NaN loss on the last rank only, at step 2: every rank must stop with the same error before the step."""
     bad = start_from(config, world, f"{mode}_nan", "pretrain_meta", source)
@@ -156,6 +184,9 @@ def poisoned(config: RunConfig, world: World, mode: str, source: Path) -> None:
 def main() -> None:
     out, mode = Path(sys.argv[-2]), sys.argv[-1]  # the launcher puts --local_rank in front
     torch.set_num_threads(1)
+    if mode == "broken":
+        broken(small_config(out, mode, 2))
+        return
     world = init_world()
     source = out / "one"
     config = small_config(out, mode, world.size)
@@ -167,6 +198,7 @@ def main() -> None:
     in_bf16(config, world, mode, source)
     interrupted(config, world, mode, "m2mkd", source, at_step=3)
     interrupted(config, world, mode, "end_to_end", source, at_step=3)
+    late_rank(config, world, mode, source)
     poisoned(config, world, mode, source)
     shutdown()
 

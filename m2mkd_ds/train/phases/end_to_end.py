@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_weights
+from m2mkd_ds.config import PhaseConfig
 from m2mkd_ds.distill.assemble import pair_stitches
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.loop import Job
-from m2mkd_ds.train.phases.jobs import phase_steps, whole_model_job
+from m2mkd_ds.train.phases.jobs import global_batch, phase_steps, whole_model_job
 from m2mkd_ds.train.phases.prepare import supervised
 
 
@@ -28,9 +31,24 @@ def end_to_end(ctx: RunContext) -> Job:
     return whole_model_job(ctx, "end_to_end", phase, student, supervised)
 
 
+def baseline_phase(ctx: RunContext) -> PhaseConfig:
+    """Settings of the control: end_to_end's, but learning rate and warm-up of m2mkd, because it too starts from fresh weights;
+    as many optimizer steps as m2mkd and end_to_end take together."""
+    tuning, fresh = ctx.config.end_to_end, ctx.config.m2mkd
+    steps = phase_steps(ctx, fresh) + phase_steps(ctx, tuning)
+    return replace(
+        tuning,
+        epochs=steps * global_batch(ctx, tuning) / ctx.train_index.num_samples,
+        max_steps=steps,
+        lr=fresh.lr,
+        lr_batch=fresh.lr_batch,
+        warmup_lr=fresh.warmup_lr,
+        warmup_epochs=fresh.warmup_epochs,
+    )
+
+
 def baseline(ctx: RunContext) -> Job:
-    """The same student, fresh, with the settings of end_to_end, for the student steps of m2mkd and end_to_end together."""
-    config, phase = ctx.config, ctx.config.end_to_end
-    steps = phase_steps(ctx, config.m2mkd) + phase_steps(ctx, config.end_to_end)
+    """The same student, fresh, trained on labels alone."""
+    config, phase = ctx.config, baseline_phase(ctx)
     student = VisionMoE(ctx.student_arch, StageSpan.whole(ctx.student_arch.num_blocks), drop_path=phase.drop_path, seed=config.seed)
-    return whole_model_job(ctx, "baseline", phase, student, supervised, total_steps=steps)
+    return whole_model_job(ctx, "baseline", phase, student, supervised)

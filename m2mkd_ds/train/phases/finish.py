@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 from m2mkd_ds import __version__
@@ -12,7 +10,7 @@ from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.distributed.world import barrier
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.loop import Trainee
-from m2mkd_ds.train.nodes import Node, missing_files, output_hashes, read_done, withdraw_done, write_done
+from m2mkd_ds.train.nodes import Node, is_done, output_hashes, withdraw_done, write_done
 from m2mkd_ds.train.phases.jobs import result_weights
 
 
@@ -39,13 +37,8 @@ def finish_node(ctx: RunContext, node: Node, print_: str, started: float, facts:
 
 def unfinished_pairs(ctx: RunContext, node: Node, print_: str) -> list[int]:
     """Pairs of the node whose result for this fingerprint is not there yet."""
-    left = []
-    for pair in ctx.pairs:
-        folder = ctx.root / node.name / f"pair_{pair.index}"
-        done = read_done(folder)
-        if done is None or done["fingerprint"] != print_ or missing_files(folder, done):
-            left.append(pair.index)
-    return left
+    folder = ctx.root / node.name
+    return [pair.index for pair in ctx.pairs if not is_done(folder / f"pair_{pair.index}", print_)]
 
 
 def lineage(ctx: RunContext, node: Node, pair: int | None) -> dict[str, str]:
@@ -57,19 +50,6 @@ def lineage(ctx: RunContext, node: Node, pair: int | None) -> dict[str, str]:
         **({"pair": str(pair)} if pair is not None else {}),
         "seed": str(ctx.config.seed),
         "m2mkd_ds": __version__,
-        "commit": source_commit(),
         "train_data": ctx.train_index.fingerprint,
         **inputs,
     }
-
-
-def source_commit() -> str:
-    """The git commit of the package's checkout, `-dirty` when changed; `unknown` outside one."""
-    here = Path(__file__).resolve().parent
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return run.stdout.strip()

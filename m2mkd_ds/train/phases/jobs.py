@@ -123,14 +123,12 @@ def evaluate_trainees(
     return scores
 
 
-def whole_model_job(
-    ctx: RunContext, name: str, phase: PhaseConfig, module: nn.Module, step: StepFunction, *, total_steps: int | None = None
-) -> Job:
-    """A phase that trains one whole model on images. `total_steps` overrides what the phase's epochs make."""
+def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.Module, step: StepFunction) -> Job:
+    """A phase that trains one whole model on images."""
     node = find_node(ctx.config, name)
     print_ = fingerprint(ctx.config, node, ctx.root, ctx.data_fingerprints)
     trainee = make_trainee(ctx, phase, module, step, name=name, pair=0, folder=ctx.root / name, print_=print_)
-    steps = total_steps or phase_steps(ctx, phase)
+    steps = phase_steps(ctx, phase)
     first = (ctx.pairs[0],)  # pair 0's input is the image, and no meta stage runs before it
     return Job(
         phase_name=name,

@@ -1,0 +1,57 @@
+"""What can be wrong in a phase that comes hours later is said before the first one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from m2mkd_ds.checkpoint.hf_export import parse_size
+from m2mkd_ds.config import PHASES, ConfigError, PhaseConfig
+from m2mkd_ds.distributed.ds_config import resolve_ds_config
+from m2mkd_ds.distributed.world import World
+from m2mkd_ds.moe.backends import get_backend
+from m2mkd_ds.train.context import RunContext
+from m2mkd_ds.train.phases.end_to_end import baseline_phase
+from m2mkd_ds.train.phases.jobs import global_batch
+from m2mkd_ds.train.schedule import num_warmup_steps, scaled_lr
+
+
+def check_settings(ctx: RunContext, names: Sequence[str]) -> None:
+    """Check the settings of the named nodes, as far as no input of theirs is needed. Raises ConfigError naming the field."""
+    for name in names:
+        if name in PHASES:
+            phase = baseline_phase(ctx) if name == "baseline" else getattr(ctx.config, name)
+            try:
+                _check_phase(ctx, name, phase)
+            except ValueError as err:
+                raise ConfigError(f"{name}: {err}") from None
+    if "export" in names:
+        _check_export(ctx)
+
+
+def _check_phase(ctx: RunContext, name: str, phase: PhaseConfig) -> None:
+    augment = ctx.config.data.augment
+    if phase.micro_batch_size % 2 and (augment.mixup or augment.cutmix):
+        raise ConfigError(f"micro_batch_size is {phase.micro_batch_size}; mixup and cutmix mix pairs of images, make it even")
+    batch = global_batch(ctx, phase)
+    scaled_lr(phase, batch)
+    num_warmup_steps(phase, ctx.train_index.num_samples, batch)
+    resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=ctx.precision(phase.precision))
+    if name in ("m2mkd", "end_to_end", "baseline") and ctx.student_arch.moe_blocks:
+        student, device = ctx.student_arch, ctx.world.device
+        get_backend(student.backend, device=device, dtype=ctx.dtype(phase.precision), dim=student.embed_dim, hidden=student.hidden_dim)
+
+
+def _check_export(ctx: RunContext) -> None:
+    export, classes = ctx.config.export, ctx.config.data.num_classes
+    parse_size(export.max_shard_size)
+    if export.class_names and len(export.class_names) != classes:
+        raise ConfigError(
+            f"export.class_names has {len(export.class_names)} names and data.num_classes is {classes}; give one a class, or none"
+        )
+
+
+def as_launched(ctx: RunContext) -> RunContext:
+    """The context as rank 0 of the coming launch would see it, as far as the config tells (hostfiles are not read)."""
+    ranks = max(ctx.config.launch.num_gpus, 1)
+    return replace(ctx, world=World(0, ranks, 0, ranks, ctx.world.device))
