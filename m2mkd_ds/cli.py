@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,6 +24,7 @@ from m2mkd_ds.config import PHASES, ConfigError, RunConfig, apply_overrides, dum
 from m2mkd_ds.logs import logger, setup_logging
 
 if TYPE_CHECKING:
+    from m2mkd_ds.distributed.world import World
     from m2mkd_ds.train.context import RunContext
 
 app = SubcommandApp()
@@ -159,32 +160,60 @@ def pipeline(
 
 @app.command(name="eval")
 def evaluate(path: tyro.conf.Positional[Path], /, *, validation: Path | None = None, batch_size: int = 256) -> None:
-    """Evaluate every validation image exactly once: a run folder (all its models) or an exported folder.
+    """Evaluate on every validation image exactly once: a run (all its models), one weights file of a run, or an exported folder.
 
     Under the launcher the images are shared out over the ranks: deepspeed --num_gpus 2 --module m2mkd_ds eval RUN.
 
     Args:
-        path: Run folder (holds config.yaml) or exported Hugging Face folder (holds config.json).
-        validation: Shards to use instead of the run's own; needed for an exported folder.
+        path: Run folder (holds config.yaml), a .safetensors file in it, or an exported Hugging Face folder (holds config.json).
+        validation: Shards to use instead of the run's own (the run's results stay as they are); needed for an exported folder.
         batch_size: Images a forward pass, for an exported folder.
     """
     setup_logging()
-    if (path / "config.yaml").is_file():
-        from m2mkd_ds.train.run_phase import run_phases
+    if path.suffix == ".safetensors" and path.is_file():
+        from m2mkd_ds.train.evaluate_weights import evaluate_weights
 
-        config = load(path / "config.yaml")
-        if validation is not None:
-            config = replace(config, data=replace(config.data, validation=str(validation.resolve())))
-        run_phases(replace(config, run_dir=str(path.resolve())), ["evaluate"])
-        _print_results(path)
+        _in_world(lambda world: evaluate_weights(path, world, validation))
+    elif (path / "config.yaml").is_file():
+        config = replace(load(path / "config.yaml"), run_dir=str(path.resolve()))
+        if validation is None:
+            from m2mkd_ds.train.run_phase import run_phases
+
+            run_phases(config, ["evaluate"])
+            _print_results(path)
+        else:
+            _evaluate_elsewhere(replace(config, data=replace(config.data, validation=str(validation.resolve()))))
     elif (path / "config.json").is_file():
         from m2mkd_ds.train.evaluate_export import evaluate_export
 
         if validation is None:
             raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder with index.json)")
-        out(evaluate_export(path, validation, batch_size))
+        _in_world(lambda world: evaluate_export(path, validation, batch_size, world))
     else:
-        raise ConfigError(f"{path}: neither a run folder (config.yaml) nor an exported one (config.json)")
+        raise ConfigError(
+            f"{path}: neither a run folder (config.yaml), nor a .safetensors file of one, nor an exported folder (config.json)"
+        )
+
+
+def _evaluate_elsewhere(config: RunConfig) -> None:
+    """All models of a run on other shards than its own; nothing is written."""
+    from m2mkd_ds.report import format_table
+    from m2mkd_ds.train.context import open_run
+    from m2mkd_ds.train.evaluate_run import score_run
+
+    _in_world(lambda world: format_table(score_run(open_run(config, world))[1]))
+
+
+def _in_world(work: Callable[[World], str]) -> None:
+    """Join the job (one rank without a launcher), do the work on all ranks, print its text from rank 0."""
+    from m2mkd_ds.distributed.world import init_world, shutdown
+
+    world = init_world()
+    setup_logging(world.rank)
+    text = work(world)
+    if world.is_main:
+        out(text)
+    shutdown()
 
 
 @app.command
@@ -387,7 +416,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         out(__version__)
         return
     try:
-        app.cli(prog="m2mkd", description=__doc__.splitlines()[0], args=arguments)
+        app.cli(
+            prog="m2mkd",
+            description="Module-to-module distillation (m2mKD) of a ViT into a sparse V-MoE.",
+            args=arguments,
+        )
     except (ConfigError, ValueError, FileNotFoundError) as err:
         # One clear sentence for what a user can cause; anything else keeps its traceback.
         if os.environ.get("M2MKD_DEBUG"):

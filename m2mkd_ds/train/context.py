@@ -15,7 +15,7 @@ from m2mkd_ds.data.loader import check_data
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair, stage_spans, teaching_pairs
 from m2mkd_ds.distributed.world import World, resolve_precision
-from m2mkd_ds.models.vit import VitArch, load_stage, num_blocks, stage_names, width
+from m2mkd_ds.models.vit import VitArch, load_stage, stage_names, width
 from m2mkd_ds.models.vmoe import VMoEArch, arch_from_config
 
 
@@ -32,11 +32,8 @@ class RunContext:
     meta_arch: VitArch
     student_arch: VMoEArch
     pairs: tuple[TeachingPair, ...]
-
-    @property
-    def teacher_width(self) -> int:
-        """Width of teacher and meta model: the width that stitch layers translate to and from."""
-        return width(self.teacher_arch)
+    teacher_width: int
+    """Width of teacher and meta model: the width that stitch layers translate to and from."""
 
     @property
     def data_fingerprints(self) -> dict[str, str]:
@@ -61,23 +58,19 @@ def open_run(config: RunConfig, world: World) -> RunContext:
     if not config.run_dir:
         raise ConfigError("run_dir is empty: give the run folder with --run-dir")
     train_index, val_index = check_data(config.data)
-    teacher_arch, meta_arch = check_models(config)
-    pairs = teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths)
-    return RunContext(config, Path(config.run_dir), world, train_index, val_index, teacher_arch, meta_arch, arch_from_config(config), pairs)
-
-
-def check_models(config: RunConfig) -> tuple[VitArch, VitArch]:
-    """The teacher's and the meta model's architecture, checked against the config."""
-    teacher_arch, meta_arch = VitArch.from_teacher(config), VitArch.from_meta(config)
-    blocks, asked = num_blocks(teacher_arch), sum(config.teacher.depths)
-    if blocks != asked:
-        raise ConfigError(
-            f"teacher.depths {list(config.teacher.depths)} sums to {asked} blocks and {config.teacher.arch} has {blocks}: "
-            f"change teacher.depths or teacher.arch_args.depth"
-        )
-    if width(teacher_arch) != width(meta_arch):
-        raise ConfigError(f"teacher is {width(teacher_arch)} wide and the meta model {width(meta_arch)}: they must be equal")
-    return teacher_arch, meta_arch
+    teacher_arch = VitArch.from_teacher(config)  # refuses depths that are not the model's
+    return RunContext(
+        config=config,
+        root=Path(config.run_dir),
+        world=world,
+        train_index=train_index,
+        val_index=val_index,
+        teacher_arch=teacher_arch,
+        meta_arch=VitArch.from_meta(config),
+        student_arch=arch_from_config(config),
+        pairs=teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths),
+        teacher_width=width(teacher_arch),
+    )
 
 
 def load_meta(ctx: RunContext, stages: set[int], dtype: torch.dtype) -> FrozenMeta:

@@ -13,14 +13,14 @@ from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.config import ConfigError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import EvalLoader
-from m2mkd_ds.distributed.world import init_world, shutdown
+from m2mkd_ds.distributed.world import World
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE
 from m2mkd_ds.train.evaluate import Output, evaluate
 from m2mkd_ds.train.steps import unpack
 
 
-def evaluate_export(folder: Path, validation: Path, batch_size: int) -> str:
+def evaluate_export(folder: Path, validation: Path, batch_size: int, world: World) -> str:
     """Score the folder on the shards and return the numbers as JSON text. Raises ConfigError when the class counts differ."""
     exported = load_exported(folder)
     index = ShardIndex.load(validation)
@@ -28,16 +28,12 @@ def evaluate_export(folder: Path, validation: Path, batch_size: int) -> str:
         raise ConfigError(f"{validation} has {index.num_classes} classes and the model in {folder} has {exported.arch.num_classes}")
     model = VisionMoE(exported.arch, StageSpan.whole(exported.arch.num_blocks), stitches=exported.stitches, seed=None)
     load_exact(model, exported.tensors)
-    world = init_world()
-    try:
-        model.to(world.device).eval()
+    model.to(world.device).eval()
 
-        def forward(images_BCHW: torch.Tensor) -> Output:
-            logits_BV, _, stats = unpack(model(images_BCHW))
-            return logits_BV, stats
+    def forward(images_BCHW: torch.Tensor) -> Output:
+        logits_BV, _, stats = unpack(model(images_BCHW))
+        return logits_BV, stats
 
-        loader = EvalLoader(index, replace(exported.data, num_workers=0), batch_size=batch_size, rank=world.rank, world=world.size)
-        scores = evaluate(lambda x: x, {"model": forward}, loader, world, num_images=index.num_samples, dtype=torch.float32)
-    finally:
-        shutdown()
+    loader = EvalLoader(index, replace(exported.data, num_workers=0), batch_size=batch_size, rank=world.rank, world=world.size)
+    scores = evaluate(lambda x: x, {"model": forward}, loader, world, num_images=index.num_samples, dtype=torch.float32)
     return json.dumps(scores["model"].summary(), indent=2)

@@ -41,13 +41,9 @@ def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
     """Write RUN/evaluate: results.json, the predictions of every model, and done.json for the fingerprint `print_`."""
     folder = ctx.root / node.name
     started = time.time()
-    _check_equal_steps(ctx)
-    models, sizes = build_models(ctx)
-    meta = load_meta(ctx, set(range(len(ctx.pairs))), torch.float32)
-    scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
+    scores, results = score_run(ctx)
     if ctx.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        results = summarise_scores(scores, sizes, seed=ctx.config.seed, world_size=ctx.world.size)
         withdraw_done(folder)
         write_json_atomic(folder / "results.json", results)
         write_json_atomic(folder / "predictions.json", {name: s.predictions_N.tolist() for name, s in scores.items()})
@@ -55,6 +51,15 @@ def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
         facts = {"wall_s": time.time() - started, "images": ctx.val_index.num_samples, "world_size": ctx.world.size}
         write_done(folder, node, ctx.config, print_, files, **facts)
     barrier()
+
+
+def score_run(ctx: RunContext) -> tuple[dict[str, Score], dict[str, Any]]:
+    """Scores of all models by name, and the content of results.json; writes nothing."""
+    _check_equal_steps(ctx)
+    models, sizes = build_models(ctx)
+    meta = load_meta(ctx, set(range(len(ctx.pairs))), torch.float32)
+    scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
+    return scores, summarise_scores(scores, sizes, seed=ctx.config.seed, world_size=ctx.world.size)
 
 
 def _check_equal_steps(ctx: RunContext) -> None:

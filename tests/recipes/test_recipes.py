@@ -12,7 +12,6 @@ from m2mkd_ds.distill.pairs import stage_spans
 from m2mkd_ds.models.vit import VitArch, empty_stage, num_blocks, width
 from m2mkd_ds.models.vmoe import arch_from_config, count_parameters
 from m2mkd_ds.recipes import RECIPES, get_recipe
-from m2mkd_ds.train.context import check_models
 from m2mkd_ds.train.schedule import num_steps, num_warmup_steps, scaled_lr
 
 RANKS = 8
@@ -24,7 +23,8 @@ def test_a_recipe_builds_under_its_own_name(name: str, recipe: Callable[[], RunC
     config = recipe()
     assert config.name == name
     assert get_recipe(name) == config
-    check_models(config)  # the depth that timm builds, and equal widths
+    # the depth that timm builds (else ConfigError), and the meta model's equal width
+    assert width(VitArch.from_teacher(config)) == width(VitArch.from_meta(config))
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
