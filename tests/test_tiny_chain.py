@@ -206,6 +206,25 @@ def test_the_eval_verb_scores_the_exported_folder_like_the_run(run: Path, result
     assert score["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("file", "model"),
+    [
+        ("pretrain_meta/weights", "meta"), ("assemble_finetune/weights", "teacher"), ("split/module_1", "teacher_hybrid_1"),
+        ("m2mkd/pair_0/weights", "student_hybrid_0"), ("baseline/weights", "baseline"),
+    ],
+)  # fmt: skip
+def test_the_eval_verb_scores_a_weights_file_like_the_run(run: Path, results: dict[str, Any], file: str, model: str) -> None:
+    score = json.loads(m2mkd("eval", run / f"{file}.safetensors"))
+    assert (score["images"], score["top1"]) == (359, results["models"][model]["top1"])
+
+
+def test_the_eval_verb_leaves_the_runs_results_alone_when_it_scores_other_shards(run: Path) -> None:
+    before = (run / "evaluate" / "results.json").read_bytes()
+    text = m2mkd("eval", run, "--validation", load(run / "config.yaml").data.train)
+    assert "1,438 validation images" in text
+    assert (run / "evaluate" / "results.json").read_bytes() == before
+
+
 def test_the_second_call_skips_everything_and_is_quick(run: Path) -> None:
     before = {name: (run / name / "done.json").read_bytes() for name in NODES}
     started = time.monotonic()

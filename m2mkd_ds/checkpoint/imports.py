@@ -19,10 +19,10 @@ from typing import Literal
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.legacy_files import LegacyPart, load_parts
-from m2mkd_ds.checkpoint.legacy_layout import LegacyError, canonical_rules, expected_shapes, spans_of, stage_rules
+from m2mkd_ds.checkpoint.legacy_layout import LegacyError, canonical_rules, expected_shapes, stage_rules
 from m2mkd_ds.checkpoint.mapping import MappingError, MappingReport, check_target, transform
 from m2mkd_ds.checkpoint.store import file_sha256, save_weights
-from m2mkd_ds.models.spans import StageSpan
+from m2mkd_ds.models.spans import StageSpan, stage_spans
 
 __all__ = ["LegacyCheckpoint", "LegacyError", "convert_legacy", "read_legacy"]
 
@@ -142,7 +142,7 @@ def _read_one(part: LegacyPart, depths: tuple[int, ...] | None, stage: int | Non
             raise LegacyError(
                 f"{part.where}: holds stages of {list(file_depths)} blocks, which do not have stage {t} of depths {list(cut)}"
             )
-    span = StageSpan.whole(sum(target)) if stage is None else spans_of(target)[stage]
+    span = StageSpan.whole(sum(target)) if stage is None else stage_spans(target)[stage]
     try:
         merged, _ = transform(part.tensors, stage_rules(file_depths, cut, target_of))
         tensors, report = transform(merged, canonical_rules(cut))

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.mapping import Alias, Drop, Rename, SourceRule, Stack
-from m2mkd_ds.models.spans import StageSpan
+from m2mkd_ds.models.spans import StageSpan, stage_spans
 
 _FIRST_PARTS = r"patch_embed\..+|cls_token|pos_embed"
 _LAST_PARTS = r"(?:norm|head)\..+"
@@ -24,14 +23,6 @@ _LAST_PARTS = r"(?:norm|head)\..+"
 
 class LegacyError(ValueError):
     """An old checkpoint that cannot be read, or that is not what was asked for; the message says what to do."""
-
-
-def spans_of(depths: Sequence[int]) -> tuple[StageSpan, ...]:
-    """Consecutive spans of the given numbers of blocks. Raises LegacyError when a stage has none."""
-    if not depths or min(depths) < 1:
-        raise LegacyError(f"depths {list(depths)}: every stage needs at least one block")
-    ends = list(accumulate(depths))
-    return tuple(StageSpan(end - depth, end - 1, ends[-1]) for depth, end in zip(depths, ends, strict=True))
 
 
 def stage_depths_of(names: Sequence[str], prefix: str) -> tuple[int, ...]:
@@ -57,7 +48,7 @@ def stage_rules(file_depths: Sequence[int], target_depths: Sequence[int], target
 
     `target_of` says which stage of the whole model each wanted stage of the file is; the file's other stages are dropped.
     """
-    file_spans, target_spans = spans_of(file_depths), spans_of(target_depths)
+    file_spans, target_spans = stage_spans(file_depths), stage_spans(target_depths)
     shift = {k: target_spans[target].first_block - file_spans[k].first_block for k, target in target_of.items()}
     stage_of = {block: k for k in target_of for block in file_spans[k].blocks}
 
@@ -92,7 +83,7 @@ def stage_rules(file_depths: Sequence[int], target_depths: Sequence[int], target
 
 def canonical_rules(depths: Sequence[int]) -> list[SourceRule]:
     """Rules from the old vocabulary (blocks already numbered in the whole model) to canonical names."""
-    spans = spans_of(depths)
+    spans = stage_spans(depths)
 
     def stitch(match: re.Match[str]) -> str:
         block, kind = int(match[1]), match[2]

@@ -8,22 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
-from m2mkd_ds.models.spans import StageSpan
+from m2mkd_ds.models.spans import StageSpan, stage_spans
 from m2mkd_ds.models.vmoe import StitchSpec
-
-
-def stage_spans(depths: Sequence[int]) -> tuple[StageSpan, ...]:
-    """Cut `sum(depths)` blocks into consecutive spans; depths (2, 3) -> blocks 0..1 and 2..4.
-
-    Raises ValueError when a stage has no block.
-    """
-    if not depths or min(depths) < 1:
-        raise ValueError(f"depths {list(depths)}: every stage needs at least one block")
-    ends = list(accumulate(depths))
-    total = ends[-1]
-    return tuple(StageSpan(end - depth, end - 1, total) for depth, end in zip(depths, ends, strict=True))
 
 
 def even_depths(num_blocks: int, num_stages: int, field: str = "teacher.depths") -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""StageSpan: which consecutive blocks of a whole model a stage holds. The arithmetic that makes spans is in distill/pairs.py."""
+"""StageSpan: which consecutive blocks of a whole model a stage holds, and how depths cut a model into spans."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,15 @@ class StageSpan:
     def whole(num_blocks: int) -> StageSpan:
         """The span of the whole model."""
         return StageSpan(0, num_blocks - 1, num_blocks)
+
+
+def stage_spans(depths: Sequence[int]) -> tuple[StageSpan, ...]:
+    """Cut `sum(depths)` blocks into consecutive spans; depths (2, 3) -> blocks 0..1 and 2..4.
+
+    Raises ValueError when a stage has no block.
+    """
+    if not depths or min(depths) < 1:
+        raise ValueError(f"depths {list(depths)}: every stage needs at least one block")
+    ends = list(accumulate(depths))
+    total = ends[-1]
+    return tuple(StageSpan(end - depth, end - 1, total) for depth, end in zip(depths, ends, strict=True))
