@@ -284,7 +284,7 @@ class RunConfig:
     end_to_end: PhaseConfig = field(default_factory=PhaseConfig)
     """Train the assembled student."""
     baseline: bool = True
-    """Also train the same student from scratch, with the end_to_end settings, for as many steps as m2mkd + end_to_end take."""
+    """Also train the same student from scratch: as many steps as m2mkd + end_to_end, end_to_end's settings, m2mkd's lr and warm-up."""
     tensorboard: bool = False
     """Mirror metrics.jsonl to TensorBoard event files beside it."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
