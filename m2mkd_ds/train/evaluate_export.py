@@ -16,8 +16,8 @@ from m2mkd_ds.data.loader import EvalLoader
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE
-from m2mkd_ds.train.evaluate import Output, evaluate
-from m2mkd_ds.train.steps import unpack
+from m2mkd_ds.train.evaluate import evaluate
+from m2mkd_ds.train.phases.jobs import scored
 
 
 def evaluate_export(folder: Path, validation: Path, batch_size: int, world: World) -> str:
@@ -30,10 +30,6 @@ def evaluate_export(folder: Path, validation: Path, batch_size: int, world: Worl
     load_exact(model, exported.tensors)
     model.to(world.device).eval()
 
-    def forward(images_BCHW: torch.Tensor) -> Output:
-        logits_BV, _, stats = unpack(model(images_BCHW))
-        return logits_BV, stats
-
     loader = EvalLoader(index, replace(exported.data, num_workers=0), batch_size=batch_size, rank=world.rank, world=world.size)
-    scores = evaluate(lambda x: x, {"model": forward}, loader, world, num_images=index.num_samples, dtype=torch.float32)
+    scores = evaluate(lambda x: x, {"model": scored(model)}, loader, world, num_images=index.num_samples, dtype=torch.float32)
     return json.dumps(scores["model"].summary(), indent=2)

@@ -22,13 +22,14 @@ from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distill.hybrid import FrozenMeta, freeze
 from m2mkd_ds.distill.pairs import TeachingPair, stitch_specs
 from m2mkd_ds.distributed.world import barrier
+from m2mkd_ds.models.meta import run_stages
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, count_parameters
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
 from m2mkd_ds.train.evaluate import Output, Score, paired_interval
 from m2mkd_ds.train.nodes import Node, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
-from m2mkd_ds.train.phases.jobs import run_evaluation
+from m2mkd_ds.train.phases.jobs import run_evaluation, scored
 from m2mkd_ds.train.steps import unpack
 
 Hidden = dict[int, Tensor]
@@ -90,18 +91,18 @@ def build_models(ctx: RunContext) -> tuple[Callable[[FrozenMeta], dict[str, Mode
     def models(meta: FrozenMeta) -> dict[str, Model]:
         named: dict[str, Model] = {
             "meta": lambda h: (meta.stages[last](h[last]), {}),
-            "teacher": lambda h: (_chain(teacher, h[0]), {}),
+            "teacher": lambda h: (run_stages(teacher, h[0])[-1], {}),
         }
         for pair in ctx.pairs:
-            named[f"teacher_hybrid_{pair.index}"] = _hybrid(meta, pair, teacher[pair.index])
-            named[f"student_hybrid_{pair.index}"] = _hybrid(meta, pair, pair_students[pair.index])
+            named[f"teacher_hybrid_{pair.index}"] = hybrid(meta, pair, teacher[pair.index])
+            named[f"student_hybrid_{pair.index}"] = hybrid(meta, pair, pair_students[pair.index])
         named |= {name: _on_images(module) for name, module in whole_students.items()}
         return named
 
     return models, _sizes(ctx, teacher, whole_students)
 
 
-def _hybrid(meta: FrozenMeta, pair: TeachingPair, module: nn.Module) -> Model:
+def hybrid(meta: FrozenMeta, pair: TeachingPair, module: nn.Module) -> Model:
     """The module of a pair between meta stages."""
 
     def forward(hidden: Hidden) -> Output:
@@ -113,18 +114,8 @@ def _hybrid(meta: FrozenMeta, pair: TeachingPair, module: nn.Module) -> Model:
 
 def _on_images(module: nn.Module) -> Model:
     """A whole model."""
-
-    def forward(hidden: Hidden) -> Output:
-        logits, _, stats = unpack(module(hidden[0]))
-        return logits, stats
-
-    return forward
-
-
-def _chain(stages: list[nn.Module], x: Tensor) -> Tensor:
-    for stage in stages:
-        x = stage(x)
-    return x
+    forward = scored(module)
+    return lambda hidden: forward(hidden[0])
 
 
 def _student_module(ctx: RunContext, index: int) -> nn.Module:

@@ -8,25 +8,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights
 from m2mkd_ds.config import ConfigError, RunConfig, load
 from m2mkd_ds.distill.hybrid import FrozenMeta
-from m2mkd_ds.distill.pairs import stitch_specs
+from m2mkd_ds.distill.pairs import TeachingPair, stitch_specs
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vit import VitArch, load_stage, num_blocks
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE
 from m2mkd_ds.train.context import RunContext, load_meta, open_run
-from m2mkd_ds.train.evaluate import Output
+from m2mkd_ds.train.evaluate_run import hybrid
 from m2mkd_ds.train.phases.end_to_end import student_stitches
-from m2mkd_ds.train.phases.jobs import run_evaluation
-from m2mkd_ds.train.steps import unpack
+from m2mkd_ds.train.phases.jobs import run_evaluation, scored
 
 
 def find_run(file: Path) -> Path:
@@ -49,11 +46,12 @@ def evaluate_weights(file: Path, world: World, validation: Path | None) -> str:
     with torch.no_grad():
         if pair is None:
             module = _whole_model(ctx, phase, file)
-            scores = run_evaluation(ctx, lambda images: images, {phase: lambda x: _logits(module(x))}, torch.float32)
+            scores = run_evaluation(ctx, lambda images: images, {phase: scored(module)}, torch.float32)
         else:
-            meta, hybrid = _hybrid(ctx, phase, int(pair), file)
-            prefix = [ctx.pairs[int(pair)]]
-            scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, prefix)[int(pair)], {phase: hybrid}, torch.float32)
+            taught = ctx.pairs[int(pair)]
+            meta = load_meta(ctx, FrozenMeta.needed_stages([taught]), torch.float32)
+            models = {phase: hybrid(meta, taught, _pair_module(ctx, phase, taught, file))}
+            scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, [taught]), models, torch.float32)
     return json.dumps({"model": phase, "pair": pair, **scores[phase].summary()}, indent=2)
 
 
@@ -71,25 +69,13 @@ def _whole_model(ctx: RunContext, phase: str, file: Path) -> torch.nn.Module:
     return ctx.place(module, torch.float32).eval()
 
 
-def _hybrid(ctx: RunContext, phase: str, index: int, file: Path) -> tuple[FrozenMeta, Any]:
-    """The meta model and the function from h_i to logits through the module."""
-    pair, tensors = ctx.pairs[index], read_weights(file)
+def _pair_module(ctx: RunContext, phase: str, pair: TeachingPair, file: Path) -> torch.nn.Module:
+    """The student's or the teacher's module of a pair."""
+    tensors = read_weights(file)
     if phase == "m2mkd":
         stitches = stitch_specs(pair, teacher_width=ctx.teacher_width, student_width=ctx.student_arch.embed_dim)
         module: torch.nn.Module = VisionMoE(ctx.student_arch, pair.student, stitches=stitches, seed=None)
         load_exact(module, tensors)
     else:  # modular_train and split hold teacher modules
         module = load_stage(ctx.teacher_arch, pair.teacher, tensors)
-    module = ctx.place(module, torch.float32).eval()
-    meta = load_meta(ctx, FrozenMeta.needed_stages([pair]), torch.float32)
-
-    def forward(hidden: Tensor) -> Output:
-        output, _, stats = unpack(module(hidden))
-        return meta.suffix(pair, output), stats
-
-    return meta, forward
-
-
-def _logits(output: Any) -> Output:
-    logits_BV, _, stats = unpack(output)
-    return logits_BV, stats
+    return ctx.place(module, torch.float32).eval()

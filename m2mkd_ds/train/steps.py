@@ -19,6 +19,7 @@ from m2mkd_ds.config import DistillConfig
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.losses import logit_gradient_norms, pair_loss, soft_cross_entropy
 from m2mkd_ds.distill.pairs import TeachingPair
+from m2mkd_ds.models.meta import run_stages
 from m2mkd_ds.models.vmoe import VMoEOutput
 from m2mkd_ds.moe.telemetry import summarise
 from m2mkd_ds.teacher.feed import TeacherBatch
@@ -85,8 +86,7 @@ def aligned_step(
     task = soft_cross_entropy(meta_states[-1], batch.targets_BV)
     distances = []
     with torch.no_grad():
-        x = batch.hidden[0]
-        teacher_states = [x := stage(x) for stage in teacher_stages[:-1]]
+        teacher_states = run_stages(teacher_stages[:-1], batch.hidden[0])
     for meta_BLD, teacher_BLD in zip(meta_states[:-1], teacher_states, strict=True):
         target_BLD = teacher_BLD.float()
         distances.append(F.mse_loss(meta_BLD.float(), target_BLD) / target_BLD.var())
