@@ -96,17 +96,15 @@ def _run_pairs(ctx: RunContext, node: Node, print_: str, pairs: str) -> None:
     chosen = parse_pairs(pairs, len(ctx.pairs))
     left = tuple(i for i in chosen if i in broadcast_object(unfinished_pairs(ctx, node, print_)))
     started = time.time()
-    facts = {}
     if left:
         job = PAIR_PHASES[node.name](ctx, left)
         train(job)
-        facts = _facts(job)
         for trainee in job.trainees:
-            finish_trainee(ctx, node, trainee, {"wall_s": time.time() - started, **facts})
+            finish_trainee(ctx, node, trainee, {"wall_s": time.time() - started, **_facts(job)})
         _close(job)
     else:
         logger.info("%s: pairs %s are complete, nothing to do", node.name, list(chosen))
-    finish_node(ctx, node, print_, started, facts)
+    finish_node(ctx, node, print_, started)
 
 
 def _close(job: Job) -> None:

@@ -101,6 +101,13 @@ def single_pair_jobs(config: RunConfig, world: World, mode: str, source: Path) -
     separate = start_from(config, world, f"{mode}_separate", "m2mkd", source)
     for pair in ("2", "0", "1"):
         run_phase.run_in_world(separate, world, "m2mkd", pair)
+    # As if the job had been killed between the last pair's record and the node's.
+    again = replace(separate, run_dir=str(source.with_name(f"{mode}_recorded_again")))
+    if world.rank == 0:
+        shutil.copytree(separate.run_dir, again.run_dir)
+        (Path(again.run_dir) / "m2mkd" / "done.json").unlink()
+    barrier()
+    run_phase.run_in_world(again, world, "m2mkd")
 
 
 def in_bf16(config: RunConfig, world: World, mode: str, source: Path) -> None:

@@ -10,7 +10,7 @@ from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.distributed.world import barrier
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.loop import Trainee
-from m2mkd_ds.train.nodes import Node, is_done, output_hashes, withdraw_done, write_done
+from m2mkd_ds.train.nodes import Node, is_done, output_hashes, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.jobs import result_weights
 
 
@@ -26,11 +26,20 @@ def finish_trainee(ctx: RunContext, node: Node, trainee: Trainee, facts: dict[st
     barrier()
 
 
-def finish_node(ctx: RunContext, node: Node, print_: str, started: float, facts: dict[str, Any]) -> None:
-    """For a node of N pairs: write its own done.json once all pairs are done for this fingerprint."""
+PAIR_FACTS = ("steps", "images", "world_size")
+"""Numbers of a pair's record that hold for its node too."""
+
+
+def finish_node(ctx: RunContext, node: Node, print_: str, started: float) -> None:
+    """For a node of N pairs: write its own done.json once all pairs are done for this fingerprint.
+
+    The numbers come from the pairs' records, because this launch may have found all of them trained.
+    """
     folder = ctx.root / node.name
     files = [folder / f"pair_{pair.index}" / "weights.safetensors" for pair in ctx.pairs]
     if ctx.world.rank == 0 and not unfinished_pairs(ctx, node, print_):
+        record = read_done(folder / "pair_0") or {}
+        facts = {name: record[name] for name in PAIR_FACTS}
         write_done(folder, node, ctx.config, print_, files, wall_s=time.time() - started, **facts)
     barrier()
 

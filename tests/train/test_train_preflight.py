@@ -1,0 +1,77 @@
+"""Settings of later phases are refused before the first phase starts; the control is as long as the student's training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2mkd_ds.config import ConfigError, apply_overrides
+from m2mkd_ds.distributed.world import World
+from m2mkd_ds.recipes import get_recipe
+from m2mkd_ds.train.context import RunContext, open_run
+from m2mkd_ds.train.evaluate_run import _check_equal_steps
+from m2mkd_ds.train.nodes import build_dag
+from m2mkd_ds.train.phases.end_to_end import baseline_phase
+from m2mkd_ds.train.preflight import as_launched, check_settings
+
+
+def context(folder: Path, shards: Path, *overrides: str) -> RunContext:
+    base = get_recipe("tiny")
+    data = replace(base.data, train=str(shards / "train"), validation=str(shards / "validation"))
+    config = apply_overrides(replace(base, run_dir=str(folder), data=data), list(overrides))
+    return as_launched(open_run(config, World(0, 1, 0, 1, torch.device("cpu"))))
+
+
+def names(ctx: RunContext) -> list[str]:
+    return [node.name for node in build_dag(ctx.config)]
+
+
+def test_a_good_run_passes(tmp_path: Path, digits_shards: Path) -> None:
+    ctx = context(tmp_path, digits_shards)
+    check_settings(ctx, names(ctx))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("export.max_shard_size=2X", "2X"),
+        ("export.class_names=[a, b]", "2 names and data.num_classes is 10"),
+        ("m2mkd.ds_config=zeroo", "m2mkd: .*zeroo"),
+        ("end_to_end.min_lr=9", "end_to_end: .*min_lr"),
+        ("student.embed_dim=30 student.mlp_ratio=1.1", "m2mkd: .*grouped"),
+    ],
+)
+def test_what_is_wrong_in_a_later_phase_is_said_at_once(tmp_path: Path, digits_shards: Path, override: str, message: str) -> None:
+    ctx = context(tmp_path, digits_shards, *override.split(" ") if "student" in override else [override])
+    with pytest.raises((ConfigError, ValueError), match=message):
+        check_settings(ctx, names(ctx))
+
+
+def test_odd_micro_batches_cannot_be_mixed(tmp_path: Path, digits_shards: Path) -> None:
+    ctx = context(tmp_path, digits_shards, "data.augment.mixup=0.8", "end_to_end.micro_batch_size=15")
+    with pytest.raises(ConfigError, match="end_to_end: micro_batch_size is 15"):
+        check_settings(ctx, names(ctx))
+
+
+def test_the_control_is_as_long_as_the_students_training_and_starts_as_the_modules_do(tmp_path: Path, digits_shards: Path) -> None:
+    ctx = context(tmp_path, digits_shards, "m2mkd.lr=3e-3", "m2mkd.warmup_epochs=2")
+    phase = baseline_phase(ctx)
+    # 1438 images, 2 ranks x 16: m2mkd round(8 * 1438 / 32) = round(359.5) = 360 steps, end_to_end round(5 * 1438 / 32) = 225
+    assert phase.max_steps == 360 + 225
+    assert (phase.lr, phase.warmup_epochs, phase.clip_grad) == (3e-3, 2, ctx.config.end_to_end.clip_grad)
+
+
+@pytest.mark.parametrize(("baseline", "good"), [(585, True), (580, False)])
+def test_a_control_of_another_length_is_not_compared(tmp_path: Path, digits_shards: Path, baseline: int, good: bool) -> None:
+    ctx = context(tmp_path, digits_shards)
+    for name, steps in (("m2mkd", 360), ("end_to_end", 225), ("baseline", baseline)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "done.json").write_text(f'{{"steps": {steps}}}')
+    if good:
+        _check_equal_steps(ctx)
+    else:
+        with pytest.raises(ConfigError, match=r"baseline was trained for 580 steps and the student for 360 \+ 225"):
+            _check_equal_steps(ctx)
