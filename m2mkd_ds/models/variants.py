@@ -1,8 +1,4 @@
-"""Which ViT: the usual sizes by letter, and VitArch, the description of any timm VisionTransformer that can be cut into stages.
-
-Ti, S and B are DeiT's (arXiv 2012.12877, table 1), L and H those of ViT (arXiv 2010.11929, table 1) with the patch size
-that the m2mKD and Deep Incubation papers use. models/vit.py makes stages from a VitArch.
-"""
+"""VitArch, the description of any timm VisionTransformer that can be cut into stages; models/vit.py makes stages from it."""
 
 from __future__ import annotations
 
@@ -15,25 +11,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from m2mkd_ds.config import ConfigError, RunConfig
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One size of a plain ViT; the MLP is four times as wide as the model."""
-
-    embed_dim: int
-    num_heads: int
-    num_blocks: int
-    patch_size: int
-
-
-VARIANTS = {
-    "Ti": Variant(embed_dim=192, num_heads=3, num_blocks=12, patch_size=16),
-    "S": Variant(embed_dim=384, num_heads=6, num_blocks=12, patch_size=16),
-    "B": Variant(embed_dim=768, num_heads=12, num_blocks=12, patch_size=16),
-    "L": Variant(embed_dim=1024, num_heads=16, num_blocks=24, patch_size=16),
-    "H": Variant(embed_dim=1280, num_heads=16, num_blocks=32, patch_size=14),
-}
 
 TIMM_NAMES = {
     "deit_large_patch16_224": "vit_large_patch16_224",
@@ -59,13 +36,6 @@ OWNED_ARGS = {
     "dtype": "precision of the training phase",
 }
 """Arguments of timm.create_model that arch_args may not set, and the field that owns each."""
-
-
-def variant(letter: str) -> Variant:
-    """The size called Ti, S, B, L or H. Raises ValueError for any other letter."""
-    if letter not in VARIANTS:
-        raise ValueError(f"size {letter!r} is unknown; choose one of {', '.join(VARIANTS)}")
-    return VARIANTS[letter]
 
 
 def timm_name(arch: str) -> str:

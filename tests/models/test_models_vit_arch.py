@@ -5,39 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from m2mkd_ds.config import ConfigError, DataConfig, MetaConfig, RunConfig, StudentConfig, TeacherConfig
 from m2mkd_ds.models.spans import StageSpan
-from m2mkd_ds.models.variants import VARIANTS, meta_device_model, timm_name, variant
+from m2mkd_ds.models.variants import meta_device_model, timm_name
 from m2mkd_ds.models.vit import VitArch, empty_stage, num_blocks, width
-
-
-@pytest.mark.parametrize(
-    ("letter", "timm_model"),
-    [
-        ("Ti", "vit_tiny_patch16_224"),
-        ("S", "vit_small_patch16_224"),
-        ("B", "deit_base_patch16_224"),
-        ("L", "vit_large_patch16_224"),
-        ("H", "vit_huge_patch14_224"),
-    ],
-)
-def test_the_table_of_sizes_agrees_with_timm(letter: str, timm_model: str) -> None:
-    model = timm.create_model(timm_model, device="meta")
-    size = variant(letter)
-    assert (size.embed_dim, size.num_blocks) == (model.embed_dim, len(model.blocks))
-    assert size.num_heads == model.blocks[0].attn.num_heads
-    assert (size.patch_size, size.patch_size) == model.patch_embed.patch_size
-    assert set(VARIANTS) == {"Ti", "S", "B", "L", "H"}
-
-
-def test_an_unknown_size_is_an_error() -> None:
-    with pytest.raises(ValueError, match="size 'XL' is unknown; choose one of Ti, S, B, L, H"):
-        variant("XL")
 
 
 def test_deep_incubations_teachers_have_the_papers_sizes() -> None:
