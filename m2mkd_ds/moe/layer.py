@@ -1,4 +1,4 @@
-"""MoELayer: the sparse replacement of a block's feed-forward network. Router -> permute -> experts -> combine."""
+"""MoELayer: the sparse replacement of a block's feed-forward network. Router -> dispatch plan -> experts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from m2mkd_ds.config import RouterConfig
-from m2mkd_ds.moe.dispatch import combine, make_plan, permute
+from m2mkd_ds.moe.backends import Activation
+from m2mkd_ds.moe.dispatch import make_plan
 from m2mkd_ds.moe.experts import Experts
 from m2mkd_ds.moe.routing import Routing, TopKRouter
 
@@ -21,17 +22,17 @@ class MoELayer(nn.Module):
         num_experts: int,
         router: RouterConfig,
         backend: str = "auto",
+        activation: Activation = "gelu",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.router = TopKRouter(dim, num_experts, router, generator)
-        self.experts = Experts(dim, hidden, num_experts, backend, generator)
+        self.experts = Experts(dim, hidden, num_experts, backend, activation, generator)
 
     def forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing]:
         """Tokens [B, L, D] -> [B, L, D] and the routing decision over T = B*L tokens (images in order)."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         routing: Routing = self.router(x_TD)
-        plan = make_plan(routing.expert_ids_TK, self.num_experts)
-        rows_RD = self.experts(permute(x_TD, plan), plan.offsets_E)
-        return combine(rows_RD, routing.weights_TK, plan).view(x_BLD.shape), routing
+        plan = make_plan(routing.expert_ids_TK, self.num_experts, routing.max_rows)
+        return self.experts(x_TD, routing.weights_TK, plan).view(x_BLD.shape), routing

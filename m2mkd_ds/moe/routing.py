@@ -40,12 +40,14 @@ class Routing:
     """The decision for T tokens."""
 
     expert_ids_TK: Tensor
-    """int64 in [0, E); the k-th choice of a token has the k-th largest logit."""
+    """int64 in [0, E); E where the choice has no expert (dropped for capacity; a slot not used), allowed only with `max_rows`."""
     weights_TK: Tensor
-    """fp32 combine weights (fp64 for fp64 input); gradients flow to the router through them."""
+    """fp32 combine weights (fp64 for fp64 input); gradients flow to the router through them. Zero where there is no expert."""
     losses: dict[str, Tensor]
     """Auxiliary losses, already multiplied by their configured weight; only those whose weight is not zero."""
     stats: RoutingStats
+    max_rows: int | None = None
+    """None: every choice has an expert. Else an upper bound, known without looking at the data, on how many choices have one."""
 
 
 class TopKRouter(nn.Module):

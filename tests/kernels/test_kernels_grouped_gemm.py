@@ -42,12 +42,12 @@ def test_no_rows() -> None:
     assert out.shape == (0, 4)
 
 
-@pytest.mark.parametrize("ends", [[3, 2, 5], [1, 2, 4], [-1, 2, 5]])
+@pytest.mark.parametrize("ends", [[3, 2, 5], [1, 2, 6], [-1, 2, 5]])
 def test_wrong_offsets_are_refused(ends: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"must rise and end at the number of rows, 5"):
+    with pytest.raises(ValueError, match=r"must rise and not go beyond the number of rows, 5"):
         grouped_gemm_naive(torch.ones(5, 3), torch.ones(3, 2, 3), None, torch.tensor(ends))
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="activation is 'relu'; allowed is `none` or `gelu`"):
+    with pytest.raises(ValueError, match="activation is 'relu'; allowed is `none`, `gelu` or `swiglu`"):
         grouped_gemm_naive(torch.ones(1, 3), torch.ones(1, 2, 3), None, torch.tensor([1]), activation="relu")  # type: ignore[arg-type]

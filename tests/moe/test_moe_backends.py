@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2mkd_ds.moe.backends import get_backend, grouped, reference
+from m2mkd_ds.moe.backends import ExpertWeights, get_backend, grouped, reference
 
 CPU = torch.device("cpu")
 COUNTS = {
@@ -37,7 +37,7 @@ def make_inputs(counts: list[int], dtype: torch.dtype, dim: int = 16, hidden: in
 def run_with_gradients(run: object, tensors: list[Tensor], offsets: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
     rows, *weights = leaves
-    out = run(rows, offsets, *weights)  # type: ignore[operator]
+    out = run(rows, offsets, ExpertWeights(*weights))  # type: ignore[operator]
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
@@ -46,7 +46,7 @@ def run_with_gradients(run: object, tensors: list[Tensor], offsets: Tensor, grad
 @pytest.mark.parametrize("name", ["reference", "grouped"])
 def test_values_and_all_gradients_follow_fp64(name: str, case: str, dtype: torch.dtype) -> None:
     tensors, offsets, grad = make_inputs(COUNTS[case], dtype)
-    run = get_backend(name, device=CPU, dtype=dtype, dim=16, hidden=24)
+    run = get_backend(name, device=CPU, dtype=dtype, dim=16, hidden=24).run
     want = run_with_gradients(reference.run, tensors, offsets, grad, torch.float64)
     got = run_with_gradients(run, tensors, offsets, grad, dtype)
     for label, g, w in zip(("out", "rows", "up", "up_bias", "down", "down_bias"), got, want, strict=True):
@@ -59,7 +59,7 @@ def test_values_and_all_gradients_follow_fp64(name: str, case: str, dtype: torch
 @pytest.mark.parametrize("name", ["reference", "grouped"])
 def test_experts_without_rows_get_exactly_zero_gradient(name: str) -> None:
     tensors, offsets, grad = make_inputs([0, 4, 0, 1], torch.float32)
-    run = get_backend(name, device=CPU, dtype=torch.float32, dim=16, hidden=24)
+    run = get_backend(name, device=CPU, dtype=torch.float32, dim=16, hidden=24).run
     for weight_grad in run_with_gradients(run, tensors, offsets, grad, torch.float32)[2:]:
         assert not weight_grad[0].any() and not weight_grad[2].any()
         assert weight_grad[1].any() and weight_grad[3].any()
@@ -68,7 +68,7 @@ def test_experts_without_rows_get_exactly_zero_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["reference", "grouped"])
 def test_repeated_runs_are_bitwise_equal(name: str) -> None:
     tensors, offsets, grad = make_inputs(COUNTS["ragged"], torch.float32)
-    run = get_backend(name, device=CPU, dtype=torch.float32, dim=16, hidden=24)
+    run = get_backend(name, device=CPU, dtype=torch.float32, dim=16, hidden=24).run
     first, second = (run_with_gradients(run, tensors, offsets, grad, torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -77,15 +77,15 @@ def test_repeated_runs_are_bitwise_equal(name: str) -> None:
 def test_grouped_and_reference_agree_bit_by_bit_in_fp32_on_the_cpu(case: str) -> None:
     tensors, offsets, _ = make_inputs(COUNTS[case], torch.float32, dim=64, hidden=256)
     rows, *weights = [t.float() for t in tensors]
-    assert torch.equal(grouped.run(rows, offsets, *weights), reference.run(rows, offsets, *weights))
+    assert torch.equal(grouped.run(rows, offsets, ExpertWeights(*weights)), reference.run(rows, offsets, ExpertWeights(*weights)))
 
 
 def test_grouped_takes_strided_rows_and_expanded_gradients() -> None:
     tensors, offsets, _ = make_inputs(COUNTS["ragged"], torch.float32)
     rows, *weights = [t.float() for t in tensors]
     strided = rows.t().contiguous().t().requires_grad_()
-    out = grouped.run(strided, offsets, *weights)
-    assert torch.equal(out, grouped.run(rows, offsets, *weights))
+    out = grouped.run(strided, offsets, ExpertWeights(*weights))
+    assert torch.equal(out, grouped.run(rows, offsets, ExpertWeights(*weights)))
     out.sum().backward()  # stride 0 in every dimension
     assert strided.grad is not None and strided.grad.isfinite().all()
 
@@ -95,7 +95,7 @@ def test_the_reference_gelu_is_the_exact_one() -> None:
     one = torch.ones(1, 1, 1, dtype=torch.double)
     zero = torch.zeros(1, 1, dtype=torch.double)
     x = torch.tensor([[1.5]], dtype=torch.double)
-    out = reference.run(x, torch.tensor([1], dtype=torch.int32), one, zero, one, zero)
+    out = reference.run(x, torch.tensor([1], dtype=torch.int32), ExpertWeights(one, zero, one, zero))
     torch.testing.assert_close(out, x * (1 + torch.erf(x / 2**0.5)) / 2, rtol=1e-14, atol=0)
 
 
@@ -114,7 +114,7 @@ def test_auto_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     get_backend.cache_clear()
     with caplog.at_level(logging.INFO, logger="m2mkd_ds"):
         for _ in range(3):
-            assert get_backend("auto", device=CPU, dtype=torch.float32, dim=16, hidden=64) is grouped.run
+            assert get_backend("auto", device=CPU, dtype=torch.float32, dim=16, hidden=64) is grouped
     assert [r.message for r in caplog.records] == ["moe.backend=auto: `grouped` for cpu, torch.float32, width 16 -> 64"]
 
 
@@ -125,4 +125,4 @@ def test_older_torch_uses_the_private_operator_or_is_refused(monkeypatch: pytest
     got = run_with_gradients(grouped.run, tensors, offsets, grad, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     monkeypatch.delattr(torch, "_grouped_mm", raising=False)
-    assert "has no grouped_mm" in grouped.why_not(device=CPU, dtype=torch.float32, dim=16, hidden=16)
+    assert "has no grouped_mm" in grouped.why_not(device=CPU, dtype=torch.float32, dim=16, hidden=16, activation="gelu")

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2mkd_ds.moe.backends.contract import Activation, ExpertWeights, activate
+
 NAME = "grouped"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,7 +25,7 @@ def grouped_mm_op() -> Callable[..., Tensor] | None:
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
-def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> str:
+def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int, activation: Activation) -> str:
     """Why this backend cannot run, or an empty string."""
     if grouped_mm_op() is None:
         return f"torch {torch.__version__} has no grouped_mm"
@@ -39,10 +41,10 @@ def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int) 
     return ""
 
 
-def run(rows_RD: Tensor, offsets_E: Tensor, up_EFD: Tensor, up_bias_EF: Tensor, down_EDF: Tensor, down_bias_ED: Tensor) -> Tensor:
-    """Contract in `moe.backends`."""
-    hidden_RF = F.gelu(_grouped_linear(rows_RD, offsets_E, up_EFD, up_bias_EF))
-    return _grouped_linear(hidden_RF, offsets_E, down_EDF, down_bias_ED)
+def run(rows_RD: Tensor, offsets_E: Tensor, weights: ExpertWeights) -> Tensor:
+    """Contract in `moe.backends.contract`."""
+    up_RG = _grouped_linear(rows_RD, offsets_E, weights.up_EGD, weights.up_bias_EG)
+    return _grouped_linear(activate(up_RG, weights.activation), offsets_E, weights.down_EDF, weights.down_bias_ED)
 
 
 def _grouped_linear(rows_RI: Tensor, offsets_E: Tensor, weight_EOI: Tensor, bias_EO: Tensor) -> Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from m2mkd_ds.moe.backends.contract import Activation, ExpertWeights
+
 NAME = "reference"
 
 
-def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> str:
+def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int, activation: Activation) -> str:
     """Runs everywhere."""
     return ""
 
 
-def run(rows_RD: Tensor, offsets_E: Tensor, up_EFD: Tensor, up_bias_EF: Tensor, down_EDF: Tensor, down_bias_ED: Tensor) -> Tensor:
-    """Contract in `moe.backends`."""
+def run(rows_RD: Tensor, offsets_E: Tensor, weights: ExpertWeights) -> Tensor:
+    """Contract in `moe.backends.contract`."""
     from m2mkd_kernels.grouped_gemm.naive import grouped_gemm_naive
 
-    hidden_RF = grouped_gemm_naive(rows_RD, up_EFD, up_bias_EF, offsets_E, activation="gelu")
-    return grouped_gemm_naive(hidden_RF, down_EDF, down_bias_ED, offsets_E, activation="none")
+    hidden_RF = grouped_gemm_naive(rows_RD, weights.up_EGD, weights.up_bias_EG, offsets_E, activation=weights.activation)
+    return grouped_gemm_naive(hidden_RF, weights.down_EDF, weights.down_bias_ED, offsets_E, activation="none")
