@@ -217,6 +217,9 @@ class PhaseConfig:
     """auto: bf16 where the hardware has bf16 units, else fp32."""
     ds_config: str = "zero1"
     """Name of a file in ds_configs/ (without .json), or a path."""
+    ep_size: int = 1
+    """Expert parallelism: neighbouring ranks that share the experts of every MoE layer, each holding num_experts / ep_size of them.
+    Must divide the ranks and the experts. 1: every rank holds all experts, which is faster as long as they fit."""
     eval_epochs: float = 10.0
     """Evaluate every so many epochs, and always at the end; 0: only at the end."""
     checkpoint_steps: int = 500
@@ -317,7 +320,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
 
 _PHASE_LIMITS: dict[str, tuple[float, float]] = {
     "micro_batch_size": (1, inf), "gradient_accumulation_steps": (1, inf), "checkpoint_steps": (1, inf), "log_steps": (1, inf),
-    "max_steps": (0, inf), "lr_batch": (0, inf), "min_lr": (0, inf), "warmup_lr": (0, inf), "weight_decay": (0, inf),
+    "ep_size": (1, inf), "max_steps": (0, inf), "lr_batch": (0, inf), "min_lr": (0, inf), "warmup_lr": (0, inf), "weight_decay": (0, inf),
     "clip_grad": (0, inf), "eval_epochs": (0, inf), "drop_path": (0, 0.99), "ema_decay": (0, 0.999999),
 }  # fmt: skip
 """The same for the fields of every phase."""

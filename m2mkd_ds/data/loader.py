@@ -197,12 +197,17 @@ class EvalLoader:
         batches = _EvalBatches(index, data, batch_size=batch_size, rank=rank, world=world)
         count = num_eval_batches(rank, batch_size=batch_size, world=world, num_samples=index.num_samples)
         self.index = index
+        self._image_size = data.image_size
         self._numbers = range(count)
         self._loader = _loader(batches, self._numbers, data.num_workers)
 
     def __len__(self) -> int:
         """Batches of this rank."""
         return len(self._numbers)
+
+    def no_images(self) -> torch.Tensor:
+        """A batch of zero images, for a rank that has to keep step with others."""
+        return torch.zeros(0, 3, self._image_size, self._image_size)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         return iter(self._loader)

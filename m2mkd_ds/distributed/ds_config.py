@@ -46,8 +46,14 @@ ALLOWED_ZERO_KEYS = (
     "allgather_bucket_size",
     "overlap_comm",
     "ignore_unused_parameters",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
 )
-"""Keys that may stand in `zero_optimization`."""
+"""Keys that may stand in `zero_optimization`; those from `sub_group_size` on matter to stage 3 only."""
 
 _REMOVED = "DeepSpeed 0.19 has removed it"
 _OPTIMIZER = "the run config owns optimizer and schedule (lr, min_lr, warmup_epochs, betas, eps, weight_decay)"
@@ -88,7 +94,13 @@ REFUSED_ZERO_KEYS = {
     "mics_hierarchical_params_gather": _REMOVED,
     "zeropp_loco_param": _REMOVED,
     "offload_optimizer": "it needs a CPU Adam that is compiled at start-up; use more ranks or a smaller micro-batch",
-    "offload_param": "it needs ZeRO-3",
+    "offload_param": _UNTESTED,
+    "zero_hpz_partition_size": _UNTESTED,
+    "zero_quantized_weights": _UNTESTED,
+    "zero_quantized_gradients": _UNTESTED,
+    "leaf_module": _UNTESTED,
+    "stage3_module_granularity_threshold": _UNTESTED,
+    "stage3_gather_16bit_weights_on_model_save": "weights are gathered and written by m2mkd_ds",
     "zenflow": _UNTESTED,
     "round_robin_gradients": "checkpoints rely on parameters lying in order in the flat buffers",
     "parameter_alignment": "checkpoints rely on parameters lying without gaps in the flat buffers",
@@ -97,7 +109,7 @@ REFUSED_ZERO_KEYS = {
 }
 """Keys of `zero_optimization` that are refused, each with its reason."""
 
-SUPPORTED_STAGES = (1, 2)
+SUPPORTED_STAGES = (1, 2, 3)
 
 
 def config_folders() -> tuple[Path, ...]:
@@ -193,13 +205,16 @@ def _check_keys(tree: dict[str, Any], path: Path, *, allowed: tuple[str, ...], r
 
 
 def _check_zero(zero: Any, path: Path) -> None:
-    """Stage 1 or 2, reduce-scatter, contiguous gradients."""
+    """Stage 1 to 3, reduce-scatter, contiguous gradients."""
     if not isinstance(zero, dict):
         raise ConfigError(f'{path}: zero_optimization is {json.dumps(zero)}; give an object, for example {{"stage": 1}}')
     _check_keys(zero, path, allowed=ALLOWED_ZERO_KEYS, refused=REFUSED_ZERO_KEYS, block="zero_optimization.")
     stage = zero.get("stage")
     if stage not in SUPPORTED_STAGES or isinstance(stage, bool):
-        raise ConfigError(f"{path}: zero_optimization.stage is {json.dumps(stage)}; allowed are 1 (optimizer states) and 2 (and gradients)")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage is {json.dumps(stage)}; allowed are 1 (spread the optimizer states), 2 (and gradients) and "
+            "3 (and weights)"
+        )
     for key in ("reduce_scatter", "contiguous_gradients"):
         if zero.get(key, True) is not True:
             raise ConfigError(f"{path}: zero_optimization.{key} is {json.dumps(zero[key])}; only true is supported")

@@ -1,4 +1,4 @@
-"""The training engine: what the loops call, and its implementation on DeepSpeed ZeRO-1 and ZeRO-2.
+"""The training engine: what the loops call, and its implementation on DeepSpeed ZeRO-1, -2 and -3, with or without expert parallelism.
 
 One engine trains one module (one teaching pair, or a whole model). Several engines may live in one process and share every
 batch; each has its own clipping, norm, learning rate and checkpoint. The order of calls for each micro-batch is
@@ -7,6 +7,9 @@ batch; each has its own clipping, norm, learning rate and checkpoint. The order 
 
 and every `gradient_accumulation_steps`-th `step` updates the weights. Checkpoints hold fp32 weights and optimizer state in
 plain tensors (`flat_state.py`), not DeepSpeed's own files: those are pickles that only the same number of ranks can load.
+
+    layout.py       which elements lie on which rank           zero_shards.py         where DeepSpeed keeps them, by stage
+    flat_state.py   rank files of a checkpoint                 expert_parallel.py     experts spread over ranks
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from m2mkd_ds.distributed.flat_state import FlatGroup, GroupState, fill_master, optimizer_state, rank_file, read_rank_files, write_rank_file
+from m2mkd_ds.distributed.expert_parallel import ParallelExperts, gather_experts, parallel_layers
+from m2mkd_ds.distributed.flat_state import GroupState, optimizer_state, rank_file, read_rank_files, write_rank_file
+from m2mkd_ds.distributed.groups import ExpertGroups
+from m2mkd_ds.distributed.layout import fill_master
 from m2mkd_ds.distributed.world import World
+from m2mkd_ds.distributed.zero_shards import PartitionedModule, PartitionedOptimizer, ZeroShards
 
 logger = logging.getLogger("m2mkd_ds")
 
@@ -35,6 +42,9 @@ class Engine(Protocol):
 
     module: nn.Module
     """The module as the caller made it, on the device, in the precision of the run."""
+
+    is_collective: bool
+    """Whether a forward pass of `module` talks to other ranks: then all of them must make equally many."""
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward pass; floating-point inputs are cast to the precision of the run."""
@@ -69,12 +79,13 @@ class _Outputs(nn.Module):
     """Calls the module and lists every tensor in its output, however nested.
 
     DeepSpeed prepares its buffers in hooks on the outputs' gradients and finds tensors in tuples, lists and dicts only; one
-    hidden in a dataclass would leave the backward pass unprepared.
+    hidden in a dataclass would leave the backward pass unprepared. It also carries DeepSpeed's sign that there are spread experts.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, experts_sign: nn.Module | None) -> None:
         super().__init__()
         self.module = module
+        self.experts_sign = experts_sign
 
     def forward(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
         outputs = self.module(*inputs)
@@ -103,7 +114,10 @@ class DeepSpeedEngine:
     buffers are the ones that every rank starts from. With `ema_decay` > 0 the engine also keeps an exponential moving average
     of the fp32 weights, updated after every step and sharded like them.
 
-    Raises ValueError for parameters that are not fp32, and for trainable ones that the optimizer lacks or has twice.
+    Experts may have been spread over ranks by `shard_experts_` (before the optimizer was made).
+
+    Raises ValueError for parameters that are not fp32, for trainable ones that the optimizer lacks or has twice, and for what ZeRO-3
+    cannot do.
     """
 
     def __init__(
@@ -114,23 +128,30 @@ class DeepSpeedEngine:
         self.module = module
         self.world = world
         self.precision = "bf16" if ds_config["bf16"]["enabled"] else "fp32"
+        self.stage = int(ds_config["zero_optimization"]["stage"])
+        self._spread = parallel_layers(module)
+        self.is_collective = bool(self._spread) or self.stage == 3
         self._optimizer = optimizer
         self._ema_decay = ema_decay
         named_groups = _named_groups(module, optimizer)
-        # Taken before DeepSpeed casts the module: bf16 keeps 8 bits of the 24 that a weight file brings.
+        if self.stage == 3:
+            _check_stage_3(module, self._spread)
+        # Taken before DeepSpeed casts and cuts the module: bf16 keeps 8 bits of the 24 that a weight file brings.
         originals = {name: p.detach().clone().to(world.device) for name, p in module.named_parameters()}
+        experts = [_expert_groups(group) for group in optimizer.param_groups]
 
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):  # DeepSpeed's bf16 optimizer prints memory tables that no log level stops
-            self._engine, *_ = _import_deepspeed().initialize(model=_Outputs(module), optimizer=optimizer, config=dict(ds_config))
+            wrapped = _Outputs(module, _experts_sign(self._spread))
+            self._engine, *_ = _import_deepspeed().initialize(model=wrapped, optimizer=optimizer, config=dict(ds_config))
         logger.debug("deepspeed.initialize printed: %s", printed.getvalue())
 
-        self._groups = []
-        for names, group in zip(named_groups, optimizer.param_groups, strict=True):
-            shapes = tuple(originals[name].shape for name in names)
-            part_numel = group["params"][0].numel()
-            self._groups.append(FlatGroup(names, shapes, part_numel, world.rank, world.size))
-        for layout, master_P in zip(self._groups, self._masters(), strict=True):
+        self._shards: ZeroShards
+        if self.stage == 3:
+            self._shards = PartitionedModule(module, self._engine.optimizer, {k: v.shape for k, v in originals.items()}, world)
+        else:
+            self._shards = PartitionedOptimizer(module, optimizer, named_groups, world, experts)
+        for layout, master_P in zip(self._shards.layouts, self._masters(), strict=True):
             fill_master(layout, master_P, originals, torch.bfloat16 if self.precision == "bf16" else torch.float32)
         self._frozen = {name: originals[name] for name, p in module.named_parameters() if not p.requires_grad}
         for tensor in [*self._frozen.values(), *module.buffers()]:
@@ -138,8 +159,8 @@ class DeepSpeedEngine:
         self._ema = [master_P.detach().clone() for master_P in self._masters()] if ema_decay else []
 
     def _masters(self) -> list[Tensor]:
-        """This rank's fp32 part of every group: ZeRO leaves exactly one flat parameter in each group of the optimizer."""
-        return [group["params"][0] for group in self._optimizer.param_groups]
+        """This rank's fp32 parts, one a layout."""
+        return self._shards.masters()
 
     @property
     def at_boundary(self) -> bool:
@@ -187,9 +208,10 @@ class DeepSpeedEngine:
         if ema and not self._ema:
             raise ValueError("this engine keeps no moving average: make it with ema_decay > 0")
         weights = dict(self._frozen)
-        for layout, part_P in zip(self._groups, self._ema if ema else self._masters(), strict=True):
-            # Cloned one by one: views would share, and keep, the whole row.
-            weights |= {name: piece.cpu().clone() for name, piece in layout.split(layout.gather(part_P)).items()}
+        for layout, part_P in zip(self._shards.layouts, self._ema if ema else self._masters(), strict=True):
+            for name, piece in layout.split(layout.gather(part_P)).items():
+                whole = piece if layout.experts is None else gather_experts(piece, layout.experts)
+                weights[name] = whole.cpu().clone()  # cloned one by one: views would share, and keep, the whole row
         name_of = {id(p): name for name, p in self.module.named_parameters()}
         result = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
@@ -207,10 +229,10 @@ class DeepSpeedEngine:
         if not self.at_boundary:
             raise RuntimeError("save() inside a step: call it after the micro-batch whose step() returned a norm")
         states = []
-        for index, (layout, master_P) in enumerate(zip(self._groups, self._masters(), strict=True)):
+        for index, (layout, master_P) in enumerate(zip(self._shards.layouts, self._masters(), strict=True)):
             tensors_P, scalars = optimizer_state(self._optimizer.state.get(master_P, {}), master_P)
             tensors_P = {"master": master_P, **tensors_P} | ({"ema": self._ema[index]} if self._ema else {})
-            states.append(GroupState(layout.names, layout.numel, tensors_P, scalars))
+            states.append(GroupState(layout, tensors_P, scalars))
         shared = self._frozen | dict(self.module.named_buffers())
         extra = {"shared": {name: value.detach().cpu().clone() for name, value in shared.items()} if self.world.is_main else {}}
         write_rank_file(rank_file(folder, self.world.rank), states, size=self.world.size, extra=extra)
@@ -218,19 +240,20 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Restore weights, optimizer state, average and buffers; every rank calls it, on an engine of the same module.
 
-        With as many ranks as saved, going on is bit for bit the uninterrupted run; with another number the values are the
-        same and only the order of sums differs. Raises ValueError for files that are missing or of another model.
+        With as many ranks as saved, going on is bit for bit the uninterrupted run; with another number, or another ZeRO stage, the
+        values are the same and only the order of sums differs. Raises ValueError for files that are missing, of another model, or
+        written with another ep_size.
         """
         if not self.at_boundary:
             raise RuntimeError("load() inside a step: call it before the first micro-batch of a step")
-        states, extra = read_rank_files(folder, self._groups)
+        states, extra = read_rank_files(folder, self._shards.layouts, self.world.size, self.world.rank)
         shared, parameters = self._frozen | dict(self.module.named_buffers()), dict(self.module.named_parameters())
         # All checks before the first change: a refused checkpoint leaves the engine as it was.
         if set(shared) != set(extra["shared"]):
             raise ValueError(f"{folder}: other buffers or frozen parameters: {sorted(set(shared) ^ set(extra['shared']))[:5]}")
         if bool(self._ema) != ("ema" in states[0].tensors_P):
             raise ValueError(f"{folder}: ema_decay is {self._ema_decay}, but the checkpoint has {'no' if self._ema else 'an'} average")
-        for index, (layout, saved, master_P) in enumerate(zip(self._groups, states, self._masters(), strict=True)):
+        for index, (saved, master_P) in enumerate(zip(states, self._masters(), strict=True)):
             tensors_P = dict(saved.tensors_P)
             with torch.no_grad():
                 master_P.copy_(tensors_P.pop("master"))
@@ -240,8 +263,7 @@ class DeepSpeedEngine:
                 kind: value.to(_state_device(kind, master_P, self._optimizer)).clone()
                 for kind, value in (tensors_P | saved.scalars).items()
             }
-            for name, value in layout.split(layout.gather(master_P)).items():
-                parameters[name].data.copy_(value)  # rounded to the run's precision: what the forward pass reads
+        self._shards.publish()
         for name, value in shared.items():
             value.copy_(extra["shared"][name])
         for name, value in self._frozen.items():
@@ -272,6 +294,40 @@ def _import_deepspeed() -> Any:
     finally:
         compiler.compile = decorator
     return deepspeed
+
+
+def _experts_sign(spread: Mapping[str, ParallelExperts]) -> nn.Module | None:
+    """What DeepSpeed looks for: it reduces expert gradients over their own ranks only if some module is of its class MoE.
+
+    Ours only bears the name: no parameters, no forward. DeepSpeed's own MoE is not used.
+    """
+    if not spread:
+        return None
+    from deepspeed.moe.layer import MoE
+
+    class SpreadExperts(MoE):
+        def __init__(self, layer: ParallelExperts) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = layer.num_experts
+            self.ep_size = layer.groups.size
+            self.expert_group_name = layer.groups.name
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            """The groups are there: `shard_experts_` made them."""
+
+    return SpreadExperts(next(iter(spread.values())))
+
+
+def _expert_groups(group: Mapping[str, Any]) -> ExpertGroups | None:
+    """Who shares the experts of an optimizer group; None for a group of parameters that every rank has."""
+    return group["experts"] if group.get("moe") else None
+
+
+def _check_stage_3(module: nn.Module, spread: Mapping[str, ParallelExperts]) -> None:
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    if frozen or spread:
+        what = f"frozen parameters ({', '.join(frozen[:3])})" if frozen else "spread experts (ep_size > 1)"
+        raise ValueError(f"zero_optimization.stage 3 does not work with {what} here; use stage 1 or 2")
 
 
 def _named_groups(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:

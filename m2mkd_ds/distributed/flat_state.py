@@ -1,14 +1,7 @@
-"""How ZeRO-1 and ZeRO-2 keep fp32 weights and optimizer state, and how to read and write them by parameter name.
+"""The rank files of a checkpoint: every rank's fp32 masters, optimizer state and average, as plain tensors with parameter names.
 
-ZeRO lays the parameters of an optimizer group end to end, pads the row to equal parts, and gives each rank one part:
-
-    group      [ w0 | w1 |    w2    | pad ]          full_F, F = ranks * P
-    rank 0     [ w0 | w1 | ]                         part_P: fp32 master weights, exp_avg, exp_avg_sq
-    rank 1                 [   w2   | pad ]          part_P
-
-`FlatGroup` knows that layout: it turns named tensors into a row and back, and a row into this rank's part. The engine
-compares it with what DeepSpeed really holds before the first step, so a release that lays rows out otherwise is noticed.
-Shape letters: F elements of the padded row, P elements of a part.
+A job with another number of ranks, or with another ZeRO stage, can read them: parts are joined to named tensors and cut anew
+(`layout.py`). Only the number of ranks that share a layer's experts (ep_size) has to stay. Shape letters: P elements of a part.
 """
 
 from __future__ import annotations
@@ -20,71 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
-FORMAT = 1
+from m2mkd_ds.distributed.layout import LAYOUTS, FlatGroup, layout_kind
+
+FORMAT = 2
 """Version of the rank files that `write_rank_file` makes."""
-
-
-@dataclass(frozen=True)
-class FlatGroup:
-    """The layout of one optimizer group."""
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    part_numel: int
-    """P, elements of one rank's part."""
-    rank: int
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.part_numel * self.size < self.numel:
-            raise RuntimeError(f"{self.size} parts of {self.part_numel} elements cannot hold the {self.numel} of {self.names[0]}, ...")
-
-    @property
-    def numel(self) -> int:
-        """Elements of the row without its padding."""
-        return sum(shape.numel() for shape in self.shapes)
-
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors -> full_F (fp32, on the device of the tensors)."""
-        row = torch.cat([tensors[name].detach().float().flatten() for name in self.names])
-        return torch.nn.functional.pad(row, (0, self.part_numel * self.size - row.numel()))
-
-    def split(self, full_F: Tensor) -> dict[str, Tensor]:
-        """full_F (its padding may be missing) -> named views of it."""
-        pieces = full_F[: self.numel].split([shape.numel() for shape in self.shapes])
-        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
-
-    def local(self, full_F: Tensor) -> Tensor:
-        """This rank's part of a row."""
-        return full_F.narrow(0, self.rank * self.part_numel, self.part_numel)
-
-    def gather(self, part_P: Tensor) -> Tensor:
-        """Collective: every rank's part -> full_F on every rank."""
-        full_F = torch.empty(self.part_numel * self.size, dtype=part_P.dtype, device=part_P.device)
-        torch.distributed.all_gather_into_tensor(full_F, part_P.detach().contiguous())
-        return full_F
-
-
-def fill_master(layout: FlatGroup, master_P: Tensor, originals: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Collective: give the fp32 masters the bits that DeepSpeed's cast took away, after checking that the layout is as assumed."""
-    full_F = layout.join(originals)
-    torch.distributed.broadcast(full_F, src=0)  # DeepSpeed did the same with the cast parameters
-    local_P = layout.local(full_F).to(master_P.device)
-    if not torch.equal(master_P.detach().to(dtype), local_P.to(dtype)):
-        raise RuntimeError("this DeepSpeed lays out ZeRO's flat buffers in an unknown way; use a tested release: deepspeed>=0.19.8,<0.20")
-    with torch.no_grad():
-        master_P.copy_(local_P)
 
 
 @dataclass
 class GroupState:
     """What a rank holds of one group: `tensors_P` by kind (`master`, `exp_avg`, `exp_avg_sq`, `ema`), `scalars` (`step`)."""
 
-    names: tuple[str, ...]
-    numel: int
+    layout: FlatGroup
     tensors_P: dict[str, Tensor]
     scalars: dict[str, Tensor] = field(default_factory=dict)
 
@@ -103,8 +44,10 @@ def write_rank_file(path: Path, groups: Sequence[GroupState], *, size: int, extr
         "size": size,
         "groups": [
             {
-                "names": list(g.names),
-                "numel": g.numel,
+                "names": list(g.layout.names),
+                "shapes": [list(shape) for shape in g.layout.shapes],
+                "kind": layout_kind(g.layout),
+                "ep_size": g.layout.experts.size if g.layout.experts else 1,
                 # Clones: a view would drag the whole buffer behind it into the file.
                 "tensors": {kind: part_P.detach().cpu().clone() for kind, part_P in g.tensors_P.items()},
                 "scalars": {kind: value.detach().cpu().clone() for kind, value in g.scalars.items()},
@@ -124,36 +67,54 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"engine_rank_{rank:05d}.pt"
 
 
-def read_rank_files(folder: Path, groups: Sequence[FlatGroup]) -> tuple[list[GroupState], dict[str, Any]]:
+def read_rank_files(folder: Path, groups: Sequence[FlatGroup], world_size: int, rank: int) -> tuple[list[GroupState], dict[str, Any]]:
     """This rank's share of a saved engine, whatever number of ranks wrote it; and what rank 0 wrote as `extra`.
 
-    With the same number of ranks, only rank 0's file and the own one are opened. Raises ValueError when files are missing or
-    their groups hold other parameters than `groups`.
+    With the same number of ranks and the same layout, only rank 0's file and the own one are opened. Raises ValueError when files are
+    missing, their groups hold other parameters than `groups`, or experts were spread over another number of ranks.
     """
-    rank, size = groups[0].rank, groups[0].size
     first = _read(rank_file(folder, 0))
-    if first["size"] == size:
-        records = [first if rank == 0 else _read(rank_file(folder, rank))]
+    heads = [(group["kind"], group["ep_size"]) for group in first["groups"]]
+    wanted = [(layout_kind(layout), layout.experts.size if layout.experts else 1) for layout in groups]
+    saved_ep, wanted_ep = (max(ep for _, ep in kinds) for kinds in (heads, wanted))
+    if saved_ep != wanted_ep:
+        raise ValueError(f"{folder}: written with ep_size {saved_ep}, and this launch has {wanted_ep}; launch with ep_size {saved_ep}")
+    if first["size"] == world_size and heads == wanted:
+        records = {rank: first if rank == 0 else _read(rank_file(folder, rank))}
     else:
-        records = [first, *(_read(rank_file(folder, r)) for r in range(1, first["size"]))]
-    saved = [tuple(group["names"]) for group in first["groups"]]
-    if saved != [g.names for g in groups]:
-        raise ValueError(f"{folder}: {_difference(saved, [g.names for g in groups])}")
-    states = []
-    for index, layout in enumerate(groups):
-        shares = [record["groups"][index] for record in records]
-        parts = {kind: [share["tensors"][kind] for share in shares] for kind in shares[0]["tensors"]}
-        tensors_P = {kind: _reslice(list_P, layout, first["size"]) for kind, list_P in parts.items()}
-        states.append(GroupState(layout.names, layout.numel, tensors_P, shares[0]["scalars"]))
+        records = {r: first if r == 0 else _read(rank_file(folder, r)) for r in range(first["size"])}
+    _check_names(folder, first["groups"], groups)
+    states = [_group_state(layout, records, first["size"], world_size, rank) for layout in groups]
     return states, first["extra"]
 
 
-def _reslice(parts: list[Tensor], layout: FlatGroup, saved_size: int) -> Tensor:
-    """The parts of all writing ranks (or the own one, when the job has as many ranks) -> this rank's part."""
-    if saved_size == layout.size:
-        return parts[0]
-    row = torch.cat(parts)[: layout.numel]  # without the padding, which depends on the number of ranks
-    return layout.local(torch.nn.functional.pad(row, (0, layout.part_numel * layout.size - layout.numel)))
+def _check_names(folder: Path, saved: Sequence[Mapping[str, Any]], groups: Sequence[FlatGroup]) -> None:
+    """The parameters must be the same; their order and grouping may differ only between ZeRO stages."""
+    saved_names, wanted_names = [tuple(group["names"]) for group in saved], [layout.names for layout in groups]
+    same_kind = {group["kind"] for group in saved} == {layout_kind(layout) for layout in groups}
+    if saved_names != wanted_names if same_kind else sorted(sum(saved_names, ())) != sorted(sum(wanted_names, ())):
+        raise ValueError(f"{folder}: {_difference(saved_names, wanted_names)}")
+
+
+def _group_state(layout: FlatGroup, records: Mapping[int, dict[str, Any]], saved_size: int, world_size: int, rank: int) -> GroupState:
+    """This rank's part of one group, out of the rank files at hand."""
+    if list(records) == [rank] and saved_size == world_size:
+        share = next(group for group in records[rank]["groups"] if tuple(group["names"]) == layout.names)
+        return GroupState(layout, share["tensors"], share["scalars"])
+    ep_rank, ep_size = (layout.experts.rank, layout.experts.size) if layout.experts else (0, 1)
+    named: dict[str, dict[str, Tensor]] = {}
+    scalars: dict[str, Tensor] = {}
+    for index, head in enumerate(records[0]["groups"]):
+        names, shapes = tuple(head["names"]), tuple(torch.Size(shape) for shape in head["shapes"])
+        if not set(names) & set(layout.names):
+            continue
+        shares = [records[r]["groups"][index] for r in range(ep_rank, saved_size, ep_size)]
+        scalars = shares[0]["scalars"]
+        for kind in shares[0]["tensors"]:
+            parts = [share["tensors"][kind] for share in shares]
+            saved = LAYOUTS[head["kind"]](names, shapes, parts[0].numel(), 0, len(parts))
+            named.setdefault(kind, {}).update(saved.split(torch.cat(parts)))
+    return GroupState(layout, {kind: layout.local(layout.join(tensors)).clone() for kind, tensors in named.items()}, scalars)
 
 
 def _read(path: Path) -> dict[str, Any]:

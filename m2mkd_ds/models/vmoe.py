@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,9 +110,8 @@ class StitchSpec:
     out_dim: int
 
 
-@dataclass(frozen=True)
-class VMoEOutput:
-    """What a forward pass returns."""
+class VMoEOutput(NamedTuple):
+    """What a forward pass returns. A tuple, because ZeRO-3 looks for the tensors of a module's output in tuples."""
 
     output: Tensor
     """Logits [B, V] if the span holds the last block, else hidden states [B, L, D] (after the post stitch, if any)."""

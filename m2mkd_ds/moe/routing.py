@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,8 @@ class RoutingStats:
     """fp32 scalar: largest logit."""
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The decision for T tokens."""
+class Routing(NamedTuple):
+    """The decision for T tokens. A tuple, because ZeRO-3 looks for the tensors of a module's output in tuples."""
 
     expert_ids_TK: Tensor
     """int64 in [0, E); E where the choice has no expert (dropped for capacity; a slot not used), allowed only with `max_rows`."""

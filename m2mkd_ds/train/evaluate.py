@@ -1,7 +1,8 @@
 """Exact evaluation: every validation image once on any number of ranks, proved by count and checksum in the run itself.
 
-Ranks take samples rank, rank + world, ...: their batches may differ in number and size, which is safe because no
-collective runs before the end. Shape letters: B images, V classes.
+Ranks take samples rank, rank + world, ...: their batches may differ in number and size. That is safe because no collective runs
+before the end; models whose forward pass is one (spread experts, ZeRO-3) are run `in_step`, a rank that has no batch left with an empty
+one. Shape letters: B images, V classes.
 """
 
 from __future__ import annotations
@@ -89,10 +90,12 @@ def evaluate(
     num_images: int,
     dtype: torch.dtype,
     what: str = "evaluate",
+    in_step: bool = False,
 ) -> dict[str, Score]:
     """Score all `models` in one pass over the data.
 
-    `prepare(images)` runs once a batch (for example the meta prefix chain); each model gets its result. Raises
+    `prepare(images)` runs once a batch (for example the meta prefix chain); each model gets its result. `in_step`: every rank
+    makes as many forward passes as the one with the most batches. Raises
     RuntimeError unless exactly the samples 0..num_images-1 were seen, once each, over all ranks.
     """
     scores = {name: Score(0, 0, 0, 0.0, *torch.zeros(2, num_images, dtype=torch.int64)) for name in models}
@@ -103,6 +106,10 @@ def evaluate(
         for name, forward in models.items():
             _add_batch(scores[name], *forward(prepared), labels_B, batch.slot_ids_B)
         seen_N[batch.slot_ids_B] += 1
+    for _ in range(max(gather_object(len(loader))) - len(loader) if in_step else 0):
+        prepared = prepare(loader.no_images().to(world.device, dtype))
+        for forward in models.values():
+            forward(prepared)
     seen_N = _total(seen_N, world)
     if not bool((seen_N == 1).all()):
         wrong = (seen_N != 1).nonzero().flatten()[:5].tolist()

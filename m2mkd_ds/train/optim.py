@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from m2mkd_ds.config import PhaseConfig
+from m2mkd_ds.distributed.expert_parallel import parallel_layers
 
 UNDECAYED_LEAVES = ("cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "latent")
 """Last parts of the names of tokens, positions and pooling queries; timm's spelling."""
@@ -23,18 +24,23 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of `module`, each in exactly one of two groups, in the module's order.
+    """The trainable parameters of `module`, each in exactly one group, in the module's order.
 
     Groups hold `name` (`decay` | `no_decay`), `names` (of the parameters), `params` and `weight_decay`; an empty group is
-    left out. Raises ValueError when nothing is trainable.
+    left out. Experts that are spread over ranks get two groups of their own, with what DeepSpeed asks of those: `moe`, and as `name`
+    that of the process groups. Raises ValueError when nothing is trainable.
     """
     groups: list[dict[str, Any]] = [
         {"name": "decay", "names": [], "params": [], "weight_decay": weight_decay},
         {"name": "no_decay", "names": [], "params": [], "weight_decay": 0.0},
     ]
+    spread = {f"{layer}.{leaf}": e.groups for layer, e in parallel_layers(module).items() for leaf, _ in e.named_parameters()}
+    if spread:
+        experts = next(iter(spread.values()))
+        groups += [{**group, "name": experts.name, "names": [], "params": [], "moe": True, "experts": experts} for group in groups]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            group = groups[0 if decays(name, parameter) else 1]
+            group = groups[(0 if decays(name, parameter) else 1) + (2 if name in spread else 0)]
             group["names"].append(name)
             group["params"].append(parameter)
     used = [group for group in groups if group["params"]]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from m2mkd_ds.checkpoint.hf_export import parse_size
 from m2mkd_ds.config import PHASES, ConfigError, PhaseConfig
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
+from m2mkd_ds.distributed.groups import check_expert_parallel
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.moe.backends import get_backend
 from m2mkd_ds.train.context import RunContext
@@ -36,8 +37,16 @@ def _check_phase(ctx: RunContext, name: str, phase: PhaseConfig) -> None:
     batch = global_batch(ctx, phase)
     scaled_lr(phase, batch)
     num_warmup_steps(phase, ctx.train_index.num_samples, batch)
-    resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=ctx.precision(phase.precision))
-    if name in ("m2mkd", "end_to_end", "baseline") and ctx.student_arch.moe_blocks:
+    settings = resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=ctx.precision(phase.precision))
+    has_experts = name in ("m2mkd", "end_to_end", "baseline") and bool(ctx.student_arch.moe_blocks)
+    check_expert_parallel(
+        "end_to_end" if name == "baseline" else name,
+        phase.ep_size,
+        num_experts=ctx.student_arch.num_experts if has_experts else None,
+        world_size=ctx.world.size,
+        stage=settings["zero_optimization"]["stage"],
+    )
+    if has_experts:
         student, device = ctx.student_arch, ctx.world.device
         get_backend(student.backend, device=device, dtype=ctx.dtype(phase.precision), dim=student.embed_dim, hidden=student.hidden_dim)
 

@@ -17,6 +17,7 @@ from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine, Engine
+from m2mkd_ds.distributed.expert_parallel import has_experts, shard_experts_
 from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.feed import TeacherBatch
 from m2mkd_ds.train.context import RunContext
@@ -39,8 +40,11 @@ def make_trainee(
     # Field names in errors are those of the config: the control run borrows end_to_end's.
     owner = {"baseline": "end_to_end"}.get(name, name.split(" ")[0])
     settings = resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=precision, where=owner)
+    # The averaged copy stays whole: it is filled from gathered weights, and evaluated by each rank for itself.
+    average = copy.deepcopy(module).to(ctx.world.device, ctx.dtype(phase.precision)).eval() if phase.ema_decay else None
+    if phase.ep_size > 1 and has_experts(module):  # a module of a pair may have dense blocks only
+        shard_experts_(module, ctx.world, phase.ep_size)
     module.to(ctx.world.device).train()
-    average = copy.deepcopy(module).to(ctx.dtype(phase.precision)).eval() if phase.ema_decay else None
     engine = DeepSpeedEngine(module, build_adamw(module, phase), settings, ctx.world, ema_decay=phase.ema_decay)
     return Trainee(
         name=name, pair=pair, folder=folder, engine=engine, fingerprint=print_, average=average,
@@ -77,11 +81,16 @@ def feed_factory(
 
 
 def run_evaluation(
-    ctx: RunContext, prepare: Callable[[torch.Tensor], Any], models: Mapping[str, Callable[[Any], Output]], dtype: torch.dtype
+    ctx: RunContext,
+    prepare: Callable[[torch.Tensor], Any],
+    models: Mapping[str, Callable[[Any], Output]],
+    dtype: torch.dtype,
+    *,
+    in_step: bool = False,
 ) -> dict[str, Score]:
-    """Score models on the run's validation shards."""
+    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
     loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size)
-    return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype)
+    return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
 
 
 def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
@@ -117,7 +126,8 @@ def evaluate_trainees(
     """Evaluate all trainees in one pass, then put their modules back into training mode."""
     modules = {t.name: (t, eval_module(t)) for t in trainees}
     models = {name: (lambda x, t=t, m=m: logits_of(t, m, x)) for name, (t, m) in modules.items()}
-    scores = run_evaluation(ctx, prepare, models, dtype)
+    in_step = any(t.average is None and t.engine.is_collective for t in trainees)
+    scores = run_evaluation(ctx, prepare, models, dtype, in_step=in_step)
     for trainee in trainees:
         trainee.engine.module.train()
     return scores

@@ -1,0 +1,122 @@
+"""Experts spread over 2 and 4 ranks by the real launcher, ZeRO-1, -2 and -3, against one process. One start for each number of ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m2mkd_ds.config import ConfigError
+from m2mkd_ds.distributed.groups import ExpertGroups, check_expert_parallel
+from tests.distributed import experts_job as job
+from tests.launching import launch
+
+CASES = [(ranks, *case) for ranks, cases in job.CASES.items() for case in cases]
+IDS = [f"{ranks} ranks-{name}-{precision}-ep{ep}" for ranks, name, precision, ep in CASES]
+EXACT = [case for case in CASES if case[2] == "fp32"]
+Results = dict[int, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    out = tmp_path_factory.mktemp("experts")
+    found = {}
+    for ranks in job.CASES:
+        launch(Path(job.__file__), [str(out)], ranks=ranks)
+        found[ranks] = torch.load(out / f"world_{ranks}.pt", weights_only=True)
+    return found
+
+
+def of(results: Results, case: tuple[int, str, str, int]) -> dict[str, Any]:
+    ranks, name, precision, ep_size = case
+    return results[ranks][f"{name}_{precision}_{ep_size}"]
+
+
+def worst(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Largest difference; names and shapes must agree."""
+    assert {k: v.shape for k, v in left.items()} == {k: v.shape for k, v in right.items()}
+    return max(float((left[k] - right[k]).abs().max()) for k in left)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_equals_one_process_on_the_concatenated_batch(results: Results, case: tuple[int, str, str, int]) -> None:
+    result = of(results, case)
+    weights, norms = job.reference(case[0], losses=False)
+    assert worst(result["plain"], weights) <= 1e-6
+    assert result["plain_norms"] == pytest.approx(norms, rel=1e-5)
+    assert min(norms) > job.PHASE.clip_grad  # clipping was at work in every step
+    assert worst(weights, job.reference(case[0], losses=False, steps=0)[0]) > 1e-2  # and the weights moved
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_equals_one_process_with_router_losses(results: Results, case: tuple[int, str, str, int]) -> None:
+    result = of(results, case)
+    weights, norms = job.reference(case[0], losses=True)
+    assert worst(result["end"], weights) <= 1e-6
+    assert result["norms"] == pytest.approx(norms, rel=1e-5)
+    assert worst(weights, job.reference(case[0], losses=False)[0]) > 1e-4  # the router losses do something
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == "bf16"], ids=str)
+def test_bf16_stays_near_the_fp32_run(results: Results, case: tuple[int, str, str, int]) -> None:
+    weights, _ = job.reference(case[0], losses=True)
+    # bf16 keeps 8 bits; Adam turns a gradient's rounded sign into a step of size lr, so the bound is the summed learning rates.
+    difference = worst(of(results, case)["end"], weights)
+    assert 1e-6 < difference <= sum(job.RATES)
+    assert math.isfinite(difference)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_every_rank_starts_from_the_weights_of_rank_0(results: Results, case: tuple[int, str, str, int]) -> None:
+    assert worst(of(results, case)["start"], job.make_net(0, losses=True).state_dict()) == 0.0
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_resume_is_bitwise_the_uninterrupted_run(results: Results, case: tuple[int, str, str, int]) -> None:
+    result = of(results, case)
+    assert worst(result["loaded"], result["middle"]) == 0.0
+    assert worst(result["resumed"], result["end"]) == 0.0
+    assert worst(result["resumed_ema"], result["ema"]) == 0.0
+    assert result["again"] == result["norms"][2:]
+    assert worst(result["ema"], result["end"]) > 1e-4
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] != "zero3"], ids=str)
+def test_a_checkpoint_of_another_ep_size_is_refused_by_name(results: Results, case: tuple[int, str, str, int]) -> None:
+    saved, other = case[3], 2 if case[3] == 1 else 1
+    assert f"written with ep_size {saved}, and this launch has {other}; launch with ep_size {saved}" in of(results, case)["refused"]
+
+
+@pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (4, 2), (4, 4)])
+def test_uneven_tokens_and_an_idle_expert_give_the_gradients_of_one_process(results: Results, ranks: int, ep_size: int) -> None:
+    result, want = results[ranks][f"uneven_{ep_size}"], job.uneven_reference(ranks)
+    assert [y.shape[0] for y, _, _ in result["ranks"]] == list(job.TOKENS[ranks])
+    for got, expected in zip(result["ranks"], want["ranks"], strict=True):
+        for left, right in zip(got, expected, strict=True):
+            torch.testing.assert_close(left.double(), torch.zeros_like(left, dtype=torch.double) if right is None else right, atol=2e-6, rtol=2e-5)
+    for name, grad in want["grads"].items():
+        torch.testing.assert_close(result["grads"][name].double(), grad, atol=2e-6, rtol=2e-5, msg=name)
+
+
+def test_shares_are_contiguous_and_cover_all_experts() -> None:
+    shares = [list(ExpertGroups(size=4, rank=r, data_size=1, data_rank=0).share(8)) for r in range(4)]
+    assert shares == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "num_experts", "world_size", "stage", "message"),
+    [
+        (2, None, 4, 1, "m2mkd.ep_size is 2, but the model of this phase has no experts; set it to 1"),
+        (3, 8, 3, 1, r"m2mkd.ep_size is 3 and student.moe.num_experts is 8; allowed are the divisors 1, 2, 4, 8"),
+        (4, 8, 6, 2, "m2mkd.ep_size is 4 and the job has 6 ranks; allowed are the divisors 1, 2, 3, 6"),
+        (2, 8, 2, 3, r"m2mkd.ep_size is 2 and its ds_config has zero_optimization.stage 3: .* use ds_config=zero2, or ep_size=1"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(ep_size: int, num_experts: int | None, world_size: int, stage: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_expert_parallel("m2mkd", ep_size, num_experts=num_experts, world_size=world_size, stage=stage)
+    check_expert_parallel("m2mkd", 1, num_experts=num_experts, world_size=world_size, stage=stage)
