@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,6 +63,8 @@ def init_world(timeout_s: float = 600.0) -> World:
 
     # Asked for by `--verbose` runs only: DeepSpeed says hundreds of lines at INFO.
     logging.getLogger("DeepSpeed").setLevel(logging.INFO if logger.isEnabledFor(logging.DEBUG) else logging.WARNING)
+    # DeepSpeed calls them by the names that torch >= 2.11 knows; some releases between say so at every rank's first call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On CPU, DeepSpeed would compile its shared-memory op here (minutes; a killed build leaves a lock on which every later
     # run waits without a word). gloo does the same collectives.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -103,8 +103,8 @@ def test_refused_blocks_are_named(tmp_path: Path, key: str) -> None:
     [
         ({"mics_shard_size": 4}, "zero_optimization.mics_shard_size is refused: DeepSpeed 0.19 has removed it"),
         ({"offload_optimizer": {"device": "cpu"}}, "zero_optimization.offload_optimizer is refused"),
-        ({"stage": 3}, r"zero_optimization.stage is 3; allowed are 1 .* and 2"),
-        ({"stage": 0}, r"zero_optimization.stage is 0; allowed are 1 .* and 2"),
+        ({"stage": 4}, r"zero_optimization.stage is 4; allowed are 1 .*, 2 .* and 3"),
+        ({"stage": 0}, r"zero_optimization.stage is 0; allowed are 1 .*, 2 .* and 3"),
         ({"stage": True}, "zero_optimization.stage is true"),
         ({"reduce_scatter": False}, "zero_optimization.reduce_scatter is false; only true"),
         ({"contiguous_gradients": False}, "zero_optimization.contiguous_gradients is false; only true"),

@@ -80,6 +80,25 @@ def test_bf16_phases_stay_near_fp32_and_keep_fp32_results(out: Path, mode: str, 
     assert all(t.dtype == torch.float32 for t in load_file(coarse).values())
 
 
+SPREAD = [*(f"m2mkd/pair_{i}/weights.safetensors" for i in range(3)), "end_to_end/weights.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["ep", "zero3"])
+@pytest.mark.parametrize("file", SPREAD)
+def test_spread_experts_and_zero_3_give_the_weights_of_the_plain_run(out: Path, how: str, file: str) -> None:
+    phase = file.split("/")[0]
+    plain = out / ("two_m2mkd" if phase == "m2mkd" else "two_plain_end_to_end") / file
+    assert worst_difference(plain, out / f"two_{how}_{phase}" / file) < 1e-6
+    assert same_bits(out / f"two_{how}_{phase}" / file, out / f"two_{how}_interrupted_{phase}" / file)
+
+
+@pytest.mark.parametrize("how", ["ep", "zero3"])
+def test_a_spread_model_is_evaluated_on_every_image(out: Path, how: str) -> None:
+    plain = json.loads((out / "two_plain_end_to_end" / "end_to_end" / "metrics.jsonl").read_text().splitlines()[-1])
+    spread = json.loads((out / f"two_{how}_end_to_end" / "end_to_end" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert spread["eval/top1"] == plain["eval/top1"] and spread["eval/loss"] == pytest.approx(plain["eval/loss"], rel=1e-5)
+
+
 def test_single_pair_jobs_together_complete_the_node(out: Path) -> None:
     done = json.loads((out / "one_separate" / "m2mkd" / "done.json").read_text())
     assert sorted(done["files"]) == [f"pair_{i}/weights.safetensors" for i in range(3)]

@@ -137,6 +137,20 @@ def interrupted(config: RunConfig, world: World, mode: str, phase: str, source: 
     run_phase.run_in_world(again, world, phase)
 
 
+def spread(config: RunConfig, world: World, mode: str, source: Path) -> None:
+    """The student's phases with experts spread over the ranks, and with ZeRO-3: straight, and stopped and resumed; evaluated on the way.
+
+    The validation images (an odd number a rank and batch) make one rank need more forward passes than the other.
+    """
+    for name, change in {"ep": {"ep_size": world.size}, "zero3": {"ds_config": "zero3"}}.items():
+        changed = replace(
+            config, m2mkd=replace(config.m2mkd, eval_epochs=0.05, **change), end_to_end=replace(config.end_to_end, ema_decay=0.0, **change)
+        )
+        for phase in ("m2mkd", "end_to_end"):
+            run_phase.run_in_world(start_from(changed, world, f"{mode}_{name}_{phase}", phase, source), world, phase)
+            interrupted(changed, world, f"{mode}_{name}", phase, source, at_step=3)
+
+
 def late_rank(config: RunConfig, world: World, mode: str, source: Path) -> None:
     """The last rank comes late to a node that rank 0 does alone; it must neither leave the node out nor wait for ever."""
     late = replace(config, run_dir=str(source.with_name(f"{mode}_late")))
@@ -205,6 +219,10 @@ def main() -> None:
     in_bf16(config, world, mode, source)
     interrupted(config, world, mode, "m2mkd", source, at_step=3)
     interrupted(config, world, mode, "end_to_end", source, at_step=3)
+    if world.size > 1:
+        plain = replace(config, end_to_end=replace(config.end_to_end, ema_decay=0.0))
+        run_phase.run_in_world(start_from(plain, world, f"{mode}_plain_end_to_end", "end_to_end", source), world, "end_to_end")
+        spread(config, world, mode, source)
     late_rank(config, world, mode, source)
     poisoned(config, world, mode, source)
     shutdown()
