@@ -51,6 +51,14 @@ def sparse(grey_B: Tensor, num_classes: int) -> Output:
     return -logits_table(num_classes)[grey_B], {2: stats}
 
 
+def together(grey_B: Tensor, num_classes: int) -> Output:
+    """As dense, but every forward pass is a collective of all ranks, as with spread experts."""
+    images = torch.tensor([grey_B.numel()])
+    torch.distributed.all_reduce(images)
+    assert images > 0, "a pass in which no rank had an image"
+    return dense(grey_B, num_classes)
+
+
 class Tampered:
     """A loader that repeats one batch, or leaves its last one out."""
 
@@ -71,14 +79,15 @@ def plain(score: Score) -> dict[str, Any]:
     return {**values, "predictions_N": score.predictions_N.tolist(), "hits_N": score.hits_N.tolist(), "expert_load": load}
 
 
-def scores(folder: Path, world: World, tamper: str = "") -> dict[str, Any]:
+def scores(folder: Path, world: World, tamper: str = "", *, in_step: bool = False) -> dict[str, Any]:
     index = ShardIndex.load(folder)
     data = DataConfig(num_classes=index.num_classes, image_size=8, mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1.0, num_workers=0)
     loader: Any = EvalLoader(index, data, batch_size=BATCH, rank=world.rank, world=world.size)
     if tamper and world.rank == world.size - 1:
         loader = Tampered(loader, tamper)
-    models = {name: (lambda g, f=f: f(g, index.num_classes)) for name, f in (("dense", dense), ("sparse", sparse))}
-    found = evaluate(grey_values, models, loader, world, num_images=index.num_samples, dtype=torch.float32)
+    chosen = {"together": together} if in_step else {"dense": dense, "sparse": sparse}
+    models = {name: (lambda g, f=f: f(g, index.num_classes)) for name, f in chosen.items()}
+    found = evaluate(grey_values, models, loader, world, num_images=index.num_samples, dtype=torch.float32, in_step=in_step)
     return {name: plain(score) for name, score in found.items()}
 
 
@@ -92,6 +101,7 @@ def rank_main(rank: int, out: Path) -> None:
         world = World(rank, size, rank, size, torch.device("cpu"))
         for name in ("large", "small"):
             results[f"{name}_{size}"] = scores(out / name, world)
+            results[f"in_step_{name}_{size}"] = scores(out / name, world, in_step=True)
         for tamper in ("repeat", "drop"):
             try:
                 scores(out / "large", world, tamper)

@@ -167,6 +167,13 @@ def test_expert_load_and_entropy_are_sums_over_all_images(results: dict[str, Any
 
 
 @pytest.mark.parametrize("size", WORLDS)
+@pytest.mark.parametrize("data", ["large", "small"])
+def test_models_that_talk_to_other_ranks_run_in_step_and_score_the_same(results: dict[str, Any], data: str, size: int) -> None:
+    # 23 images in batches of 4: on two ranks 3 and 3 batches, on three 2, 2 and 2; two images leave rank 2 of three without any
+    assert results[f"in_step_{data}_{size}"]["together"] == results[f"{data}_{size}"]["dense"]
+
+
+@pytest.mark.parametrize("size", WORLDS)
 @pytest.mark.parametrize(("tamper", "count"), [("repeat", "more"), ("drop", "fewer")])
 def test_an_image_seen_twice_or_never_is_an_error(results: dict[str, Any], tamper: str, count: str, size: int) -> None:
     message = results[f"{tamper}_{size}"]
