@@ -100,13 +100,15 @@ def evaluate(
     """
     scores = {name: Score(0, 0, 0, 0.0, *torch.zeros(2, num_images, dtype=torch.int64)) for name in models}
     seen_N = torch.zeros(num_images, dtype=torch.int64)
+    # Agreed on before the first pass: behind the loop, this collective would meet the passes of ranks that are still in it.
+    missing = max(gather_object(len(loader))) - len(loader) if in_step else 0
     for batch in progress(loader, total=len(loader), what=what, enabled=world.rank == 0):
         prepared = prepare(batch.images_BCHW.to(world.device, dtype))
         labels_B = batch.labels_B.to(world.device)
         for name, forward in models.items():
             _add_batch(scores[name], *forward(prepared), labels_B, batch.slot_ids_B)
         seen_N[batch.slot_ids_B] += 1
-    for _ in range(max(gather_object(len(loader))) - len(loader) if in_step else 0):
+    for _ in range(missing):
         prepared = prepare(loader.no_images().to(world.device, dtype))
         for forward in models.values():
             forward(prepared)
