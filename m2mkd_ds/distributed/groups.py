@@ -83,8 +83,9 @@ def check_divides(where: str, ep_size: int, world_size: int) -> None:
         raise ConfigError(f"{where} is {ep_size} and the job has {world_size} ranks; allowed are the divisors {allowed}")
 
 
-def check_expert_parallel(where: str, ep_size: int, *, num_experts: int | None, world_size: int, stage: int) -> None:
-    """Refuse, by name and before any model is built, what expert parallelism cannot do. `num_experts` is None for a dense model.
+def check_expert_parallel(where: str, ep_size: int, *, num_experts: int | None, world_size: int | None, stage: int) -> None:
+    """Refuse, by name and before any model is built, what expert parallelism cannot do. `num_experts` is None for a dense model,
+    `world_size` where the number of ranks is not known yet.
 
     Raises ConfigError: an ep_size that divides not the ranks or not the experts; one above 1 without experts or with ZeRO-3.
     """
@@ -103,4 +104,5 @@ def check_expert_parallel(where: str, ep_size: int, *, num_experts: int | None, 
             f"{where}.ep_size is {ep_size} and its ds_config has zero_optimization.stage 3: DeepSpeed supports expert parallelism up to "
             "stage 2; use ds_config=zero2, or ep_size=1 (ZeRO-3 spreads the experts over all ranks by itself)"
         )
-    check_divides(f"{where}.ep_size", ep_size, world_size)
+    if world_size is not None:
+        check_divides(f"{where}.ep_size", ep_size, world_size)

@@ -125,7 +125,8 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
     """
     ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
     planned = plan_run(ctx, until=until, only=only)
-    check_settings(as_launched(ctx), [item.node.name for item in planned if item.action == "run"])
+    ranks_known = bool(config.launch.num_gpus) and not config.launch.hostfile
+    check_settings(as_launched(ctx), [item.node.name for item in planned if item.action == "run"], ranks_known=ranks_known)
     text = describe_plan(ctx, planned)
     if dry_run:
         return text

@@ -17,8 +17,11 @@ from m2mkd_ds.train.phases.jobs import global_batch
 from m2mkd_ds.train.schedule import num_warmup_steps, scaled_lr
 
 
-def check_settings(ctx: RunContext, names: Sequence[str]) -> None:
-    """Check the settings of the named nodes, as far as no input of theirs is needed. Raises ConfigError naming the field."""
+def check_settings(ctx: RunContext, names: Sequence[str], *, ranks_known: bool = True) -> None:
+    """Check the settings of the named nodes, as far as no input of theirs is needed. Raises ConfigError naming the field.
+
+    `ranks_known`: false before a launch whose number of ranks the launcher will decide; the ranks then check what depends on it.
+    """
     for name in names:
         if name in PHASES:
             phase = baseline_phase(ctx) if name == "baseline" else getattr(ctx.config, name)
@@ -26,6 +29,7 @@ def check_settings(ctx: RunContext, names: Sequence[str]) -> None:
                 _check_phase(ctx, name, phase)
             except ValueError as err:
                 raise ConfigError(f"{name}: {err}") from None
+            _check_experts(ctx, name, phase, ranks_known)
     if "export" in names:
         _check_export(ctx)
 
@@ -37,18 +41,25 @@ def _check_phase(ctx: RunContext, name: str, phase: PhaseConfig) -> None:
     batch = global_batch(ctx, phase)
     scaled_lr(phase, batch)
     num_warmup_steps(phase, ctx.train_index.num_samples, batch)
+    resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=ctx.precision(phase.precision))
+    if _has_experts(ctx, name):
+        student, device = ctx.student_arch, ctx.world.device
+        get_backend(student.backend, device=device, dtype=ctx.dtype(phase.precision), dim=student.embed_dim, hidden=student.hidden_dim)
+
+
+def _has_experts(ctx: RunContext, name: str) -> bool:
+    return name in ("m2mkd", "end_to_end", "baseline") and bool(ctx.student_arch.moe_blocks)
+
+
+def _check_experts(ctx: RunContext, name: str, phase: PhaseConfig, ranks_known: bool) -> None:
     settings = resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=ctx.precision(phase.precision))
-    has_experts = name in ("m2mkd", "end_to_end", "baseline") and bool(ctx.student_arch.moe_blocks)
     check_expert_parallel(
         "end_to_end" if name == "baseline" else name,
         phase.ep_size,
-        num_experts=ctx.student_arch.num_experts if has_experts else None,
-        world_size=ctx.world.size,
+        num_experts=ctx.student_arch.num_experts if _has_experts(ctx, name) else None,
+        world_size=ctx.world.size if ranks_known else None,
         stage=settings["zero_optimization"]["stage"],
     )
-    if has_experts:
-        student, device = ctx.student_arch, ctx.world.device
-        get_backend(student.backend, device=device, dtype=ctx.dtype(phase.precision), dim=student.embed_dim, hidden=student.hidden_dim)
 
 
 def _check_export(ctx: RunContext) -> None:

@@ -41,6 +41,9 @@ def test_a_good_run_passes(tmp_path: Path, digits_shards: Path) -> None:
         ("export.class_names=[a, b]", "2 names and data.num_classes is 10"),
         ("m2mkd.ds_config=zeroo", "m2mkd: .*zeroo"),
         ("end_to_end.min_lr=9", "end_to_end: .*min_lr"),
+        ("m2mkd.ep_size=3", "^m2mkd.ep_size is 3 and student.moe.num_experts is 4"),
+        ("modular_train.ep_size=2", "^modular_train.ep_size is 2, but the model of this phase has no experts"),
+        ("m2mkd.ep_size=4", "^m2mkd.ep_size is 4 and the job has 2 ranks"),
         ("student.embed_dim=30 student.mlp_ratio=1.1", "m2mkd: .*grouped"),
     ],
 )
@@ -48,6 +51,11 @@ def test_what_is_wrong_in_a_later_phase_is_said_at_once(tmp_path: Path, digits_s
     ctx = context(tmp_path, digits_shards, *override.split(" ") if "student" in override else [override])
     with pytest.raises((ConfigError, ValueError), match=message):
         check_settings(ctx, names(ctx))
+
+
+def test_an_ep_size_is_left_to_the_ranks_where_the_launcher_decides_on_their_number(tmp_path: Path, digits_shards: Path) -> None:
+    ctx = context(tmp_path, digits_shards, "m2mkd.ep_size=4")
+    check_settings(ctx, names(ctx), ranks_known=False)
 
 
 def test_odd_micro_batches_cannot_be_mixed(tmp_path: Path, digits_shards: Path) -> None:
