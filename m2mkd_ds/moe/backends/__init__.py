@@ -9,14 +9,20 @@ from typing import cast
 
 import torch
 
-from m2mkd_ds.moe.backends import grouped, reference
+from m2mkd_ds.moe.backends import fused, grouped, loop, padded, reference
 from m2mkd_ds.moe.backends.contract import Activation, Backend, ExpertWeights
 
 __all__ = ["BACKENDS", "Activation", "Backend", "ExpertWeights", "get_backend"]
 
 logger = logging.getLogger("m2mkd_ds")
 
-BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference), "grouped": cast(Backend, grouped)}
+BACKENDS: dict[str, Backend] = {
+    "reference": cast(Backend, reference),
+    "loop": cast(Backend, loop),
+    "grouped": cast(Backend, grouped),
+    "padded": cast(Backend, padded),
+    "fused": cast(Backend, fused),
+}
 
 
 @cache
