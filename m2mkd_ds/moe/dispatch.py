@@ -72,8 +72,10 @@ def combine(rows_RD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
 def weighted_sum(rows_RD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
     """`combine` without autograd, for backends that bring their own backward pass."""
     total_TD = rows_RD.new_zeros(weights_TK.shape[0], rows_RD.shape[1], dtype=weights_TK.dtype)
+    term_TD = torch.empty_like(total_TD)
     for k, choice_TD in _choices(rows_RD, plan):
-        total_TD.addcmul_(choice_TD, weights_TK[:, k, None])
+        # Product and sum in two steps, not addcmul, which rounds once where the exported model's plain code rounds twice.
+        total_TD.add_(torch.mul(choice_TD, weights_TK[:, k, None], out=term_TD))
     return total_TD.to(rows_RD.dtype)
 
 

@@ -41,7 +41,7 @@ def test_a_good_run_passes(tmp_path: Path, digits_shards: Path) -> None:
         ("export.class_names=[a, b]", "2 names and data.num_classes is 10"),
         ("m2mkd.ds_config=zeroo", "m2mkd: .*zeroo"),
         ("end_to_end.min_lr=9", "end_to_end: .*min_lr"),
-        ("student.embed_dim=30 student.mlp_ratio=1.1", "m2mkd: .*grouped"),
+        ("student.embed_dim=30 student.mlp_ratio=1.1 student.moe.backend=grouped", "m2mkd: .*grouped"),
     ],
 )
 def test_what_is_wrong_in_a_later_phase_is_said_at_once(tmp_path: Path, digits_shards: Path, override: str, message: str) -> None:

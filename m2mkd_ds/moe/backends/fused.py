@@ -4,8 +4,7 @@
 
 On a CPU the GEMMs are as fast as they get; what is left to win is fresh memory (the first touch of a [R, F] buffer costs several
 times the activation that fills it) and copies of the stacked weight gradients. So every result is written into its final place
-with out=, the two or three [block, F] scratch buffers are used again by every block, z [R, G] is all that is saved beside the
-inputs, and h is computed again in backward (an activation costs 1 % of the GEMMs that it saves a buffer for).
+with out=, the [n, F] scratch buffers are used again by every block, z [R, G] is all that is saved beside the inputs, and h is computed again in backward (an activation costs 1 % of the GEMMs that it saves a buffer for).
 
 `run_layer` does dispatch and combine too: tokens are gathered block by block, so no [R, D] copy of them exists, and
 d weight = <d h, h> + <d y, b2> needs no saved output. In both the offsets are read on the host, which on a GPU waits for it;
@@ -15,7 +14,7 @@ Shape letters: T tokens, K choices, R rows, n rows of one block, E experts, D wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,8 @@ from m2mkd_ds.moe.dispatch import DispatchPlan, gather_choices, row_dots, sum_ch
 
 NAME = "fused"
 BLOCK_ROWS = 1024
-"""Most rows handled at a time: bounds the scratch buffers whatever the routing is; below 512 the GEMMs get slower."""
+"""Most rows handled at a time in backward: bounds the scratch buffers whatever the routing is. Forward takes an expert's rows at
+once: a GEMM cut into blocks may round differently, and then the outputs would not be bit for bit those of other backends."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
 
@@ -65,13 +65,13 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, *args: Any) -> Tensor:
         *tensors, ends, activation, keep = args
-        weights = ExpertWeights(*tensors, activation)
+        weights = _weights(tensors, activation)
         z_RG = _new_z(rows_RD.shape[0], ends, weights, keep)
         out_RD = torch.empty_like(rows_RD)
-        scratch = _scratch(ends, weights, backward=False)
-        for e, s, t in _blocks(ends, weights):
+        h_nF = rows_RD.new_empty(_largest(ends), weights.hidden)
+        for e, s, t in _blocks(ends):
             z_nG = z_RG[s:t] if keep else z_RG[: t - s]
-            _forward_block(rows_RD[s:t], _of_expert(weights, e), z_nG, scratch, out_RD[s:t])
+            _forward_block(rows_RD[s:t], _of_expert(weights, e), z_nG, h_nF[: t - s], out_RD[s:t])
         ctx.save_for_backward(rows_RD, z_RG if keep else None, *tensors)
         ctx.ends, ctx.activation = ends, activation
         return out_RD
@@ -80,13 +80,14 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
         rows_RD, z_RG, *tensors = ctx.saved_tensors
-        weights = ExpertWeights(*tensors, ctx.activation)
+        weights = _weights(tensors, ctx.activation)
         needs_rows, *needs_weights = ctx.needs_input_grad[:5]
         grads = _WeightGrads.new(weights, needs_weights, ctx.ends)
         grad_RD = grads_out[0].contiguous()
         grad_rows_RD = torch.empty_like(rows_RD) if needs_rows else None
-        scratch = _scratch(ctx.ends, weights, backward=True)
-        for e, s, t in _blocks(ctx.ends, weights):
+        most_rows = _backward_rows(weights)
+        scratch = _new_scratch(_largest(ctx.ends, most_rows), weights)
+        for e, s, t in _blocks(ctx.ends, most_rows):
             one = _of_expert(weights, e)
             hidden = scratch.cut(t - s)
             _activate(z_RG[s:t], weights.activation, out=hidden.h)
@@ -102,17 +103,17 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, *args: Any) -> Tensor:
         *tensors, plan, ends, activation, keep = args
-        weights = ExpertWeights(*tensors, activation)
+        weights = _weights(tensors, activation)
         num_rows, dim = plan.order_R.shape[0], x_TD.shape[1]
         tokens_R = plan.row_tokens()
         z_RG = _new_z(num_rows, ends, weights, keep)
         rows_RD = x_TD.new_empty(num_rows, dim)
-        scratch = _scratch(ends, weights, backward=False)
-        x_nD = x_TD.new_empty(scratch.h.shape[0], dim)
-        for e, s, t in _blocks(ends, weights):
+        h_nF = x_TD.new_empty(_largest(ends), weights.hidden)
+        x_nD = x_TD.new_empty(h_nF.shape[0], dim)
+        for e, s, t in _blocks(ends):
             torch.index_select(x_TD, 0, tokens_R[s:t], out=x_nD[: t - s])
             z_nG = z_RG[s:t] if keep else z_RG[: t - s]
-            _forward_block(x_nD[: t - s], _of_expert(weights, e), z_nG, scratch, rows_RD[s:t])
+            _forward_block(x_nD[: t - s], _of_expert(weights, e), z_nG, h_nF[: t - s], rows_RD[s:t])
         ctx.save_for_backward(x_TD, weights_TK, z_RG if keep else None, *tensors)
         ctx.plan, ctx.ends, ctx.activation = plan, ends, activation
         return weighted_sum(rows_RD, weights_TK, plan)
@@ -122,7 +123,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
         x_TD, weights_TK, z_RG, *tensors = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
-        weights = ExpertWeights(*tensors, ctx.activation)
+        weights = _weights(tensors, ctx.activation)
         needs_x, needs_combine, *needs_weights = ctx.needs_input_grad[:6]
         grads = _WeightGrads.new(weights, needs_weights, ctx.ends)
         grad_TD = grads_out[0]
@@ -130,9 +131,10 @@ class _Layer(torch.autograd.Function):
         tokens_R, weights_R = plan.row_tokens(), weights_TK.reshape(-1).index_select(0, plan.order_R)
         grad_rows_RD = x_TD.new_empty(num_rows, dim) if needs_x else None
         grad_weights_R = weights_TK.new_zeros(num_rows)
-        scratch = _scratch(ctx.ends, weights, backward=True)
+        most_rows = _backward_rows(weights)
+        scratch = _new_scratch(_largest(ctx.ends, most_rows), weights)
         both_2nD = x_TD.new_empty(2, scratch.h.shape[0], dim)
-        for e, s, t in _blocks(ctx.ends, weights):
+        for e, s, t in _blocks(ctx.ends, most_rows):
             one, hidden = _of_expert(weights, e), scratch.cut(t - s)
             x_nD, g_nD = both_2nD[:, : t - s].unbind(0)
             torch.index_select(x_TD, 0, tokens_R[s:t], out=x_nD)
@@ -155,12 +157,17 @@ class _Layer(torch.autograd.Function):
 class _Expert(NamedTuple):
     """One expert's share of the weights."""
 
-    index: int
+    number: int
     up_GD: Tensor
     up_bias_G: Tensor
     down_DF: Tensor
     down_bias_D: Tensor
     activation: Activation
+
+
+def _weights(tensors: Sequence[Tensor], activation: Activation) -> ExpertWeights:
+    up_EGD, up_bias_EG, down_EDF, down_bias_ED = tensors
+    return ExpertWeights(up_EGD, up_bias_EG, down_EDF, down_bias_ED, activation)
 
 
 def _of_expert(weights: ExpertWeights, e: int) -> _Expert:
@@ -178,50 +185,47 @@ class _Scratch(NamedTuple):
         return _Scratch(self.h[:num_rows], self.dh[:num_rows], self.dz[:num_rows])
 
 
-def _blocks(ends: list[int], weights: ExpertWeights) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end row) of every block, in order of rows; none for an expert without rows."""
-    size = _block_rows(weights)
+def _blocks(ends: list[int], most_rows: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of every block of at most that many rows, in order; none for an expert without rows."""
     start = 0
     for e, end in enumerate(ends):
-        for s in range(start, end, size or end):
-            yield e, s, min(s + size, end) if size else end
+        for s in range(start, end, most_rows or max(end, 1)):
+            yield e, s, min(s + most_rows, end) if most_rows else end
         start = end
 
 
-def _block_rows(weights: ExpertWeights) -> int:
-    """Rows a block; 0 is no limit: 16-bit weight gradients would be rounded once more for every block."""
-    return BLOCK_ROWS if weights.down_EDF.dtype.itemsize >= 4 else 0
+def _backward_rows(weights: ExpertWeights) -> int | None:
+    """Rows a block in backward; no limit in 16 bits, where the weight gradients would be rounded once more for every block."""
+    return BLOCK_ROWS if weights.down_EDF.dtype.itemsize >= 4 else None
 
 
-def _largest(ends: list[int], weights: ExpertWeights) -> int:
-    return max((t - s for _, s, t in _blocks(ends, weights)), default=0)
+def _largest(ends: list[int], most_rows: int | None = None) -> int:
+    return max((t - s for _, s, t in _blocks(ends, most_rows)), default=0)
 
 
 def _new_z(num_rows: int, ends: list[int], weights: ExpertWeights, keep: bool) -> Tensor:
     """Pre-activations: of all rows if backward needs them, else one block's."""
-    return weights.up_EGD.new_empty(num_rows if keep else _largest(ends, weights), weights.up_EGD.shape[1])
+    return weights.up_EGD.new_empty(num_rows if keep else _largest(ends), weights.up_EGD.shape[1])
 
 
-def _scratch(ends: list[int], weights: ExpertWeights, *, backward: bool) -> _Scratch:
-    size, down_EDF = _largest(ends, weights), weights.down_EDF
-    h = down_EDF.new_empty(size, weights.hidden)
-    dh = down_EDF.new_empty(size if backward else 0, weights.hidden)
-    dz = dh if weights.activation == "gelu" else down_EDF.new_empty(dh.shape[0], 2 * weights.hidden)
-    return _Scratch(h, dh, dz)
+def _new_scratch(num_rows: int, weights: ExpertWeights) -> _Scratch:
+    """The buffers of a backward pass."""
+    h, dh = (weights.down_EDF.new_empty(num_rows, weights.hidden) for _ in range(2))
+    return _Scratch(h, dh, dh if weights.activation == "gelu" else h.new_empty(num_rows, 2 * weights.hidden))
 
 
-def _forward_block(x_nD: Tensor, one: _Expert, z_nG: Tensor, scratch: _Scratch, out_nD: Tensor) -> None:
-    """Fills z and out."""
-    h_nF = scratch.h[: x_nD.shape[0]]
-    torch.addmm(one.up_bias_G, x_nD, one.up_GD.t(), out=z_nG)
+def _forward_block(x_nD: Tensor, one: _Expert, z_nG: Tensor, h_nF: Tensor, out_nD: Tensor) -> None:
+    """Fills z, h and out."""
+    # The bias last, not addmm, which starts the sum with it: so the bits are those of `reference` and `grouped`, at no cost.
+    torch.mm(x_nD, one.up_GD.t(), out=z_nG).add_(one.up_bias_G)
     _activate(z_nG, one.activation, out=h_nF)
-    torch.addmm(one.down_bias_D, h_nF, one.down_DF.t(), out=out_nD)
+    torch.mm(h_nF, one.down_DF.t(), out=out_nD).add_(one.down_bias_D)
 
 
 def _backward_block(x_nD: Tensor, z_nG: Tensor, one: _Expert, hidden: _Scratch, grads: _WeightGrads, grad_x_nD: Tensor | None) -> None:
     """From dh (in `hidden`) to dz, the gradients of the first map and, if it is wanted, of its input. Overwrites `hidden`."""
     _activate_backward(z_nG, one.activation, hidden)
-    grads.add_up(one.index, hidden.dz, x_nD)
+    grads.add_up(one.number, hidden.dz, x_nD)
     if grad_x_nD is not None:
         torch.mm(hidden.dz, one.up_GD, out=grad_x_nD)
 
@@ -262,8 +266,9 @@ class _WeightGrads:
         grads = cls(*(torch.empty_like(w) if needed else None for w, needed in zip(weights[:4], needs, strict=True)))
         empty = [e for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start == end]
         for grad in grads.tensors():
-            for e in empty if grad is not None else ():
-                grad[e].zero_()
+            if grad is not None:
+                for e in empty:
+                    grad[e].zero_()
         return grads
 
     def tensors(self) -> tuple[Tensor | None, ...]:
