@@ -3,8 +3,9 @@
     for each block of one expert's rows:   z = x W1^T + b1     h = act(z)     y = h W2^T + b2
 
 On a CPU the GEMMs are as fast as they get; what is left to win is fresh memory (the first touch of a [R, F] buffer costs several
-times the activation that fills it) and copies of the stacked weight gradients. So every result is written into its final place
-with out=, the [n, F] scratch buffers are used again by every block, z [R, G] is all that is saved beside the inputs, and h is computed again in backward (an activation costs 1 % of the GEMMs that it saves a buffer for).
+times the activation that fills it) and copies of the stacked weight gradients. So results are written into their final place with
+out=, the [n, F] scratch buffers of backward are used again by every block, z is all that is saved beside the inputs (one tensor an
+expert, freed as backward passes it), and h is computed again in backward (an activation costs about 1 % of the GEMMs around it).
 
 `run_layer` does dispatch and combine too: tokens are gathered block by block, so no [R, D] copy of them exists, and
 d weight = <d h, h> + <d y, b2> needs no saved output. In both the offsets are read on the host, which on a GPU waits for it;
@@ -66,34 +67,32 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, *args: Any) -> Tensor:
         *tensors, ends, activation, keep = args
         weights = _weights(tensors, activation)
-        z_RG = _new_z(rows_RD.shape[0], ends, weights, keep)
         out_RD = torch.empty_like(rows_RD)
-        h_nF = rows_RD.new_empty(_largest(ends), weights.hidden)
-        for e, s, t in _blocks(ends):
-            z_nG = z_RG[s:t] if keep else z_RG[: t - s]
-            _forward_block(rows_RD[s:t], _of_expert(weights, e), z_nG, h_nF[: t - s], out_RD[s:t])
-        ctx.save_for_backward(rows_RD, z_RG if keep else None, *tensors)
+        saved_z = []
+        for e, start, end in _segments(ends):
+            z_nG = _forward_expert(rows_RD[start:end], _of_expert(weights, e), out_RD[start:end])
+            if keep:
+                saved_z.append(z_nG)
+        ctx.save_for_backward(rows_RD, *tensors, *saved_z)
         ctx.ends, ctx.activation = ends, activation
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
-        rows_RD, z_RG, *tensors = ctx.saved_tensors
+        rows_RD, *tensors, saved_z = _take_saved(ctx, 5)
         weights = _weights(tensors, ctx.activation)
         needs_rows, *needs_weights = ctx.needs_input_grad[:5]
         grads = _WeightGrads.new(weights, needs_weights, ctx.ends)
         grad_RD = grads_out[0].contiguous()
         grad_rows_RD = torch.empty_like(rows_RD) if needs_rows else None
-        most_rows = _backward_rows(weights)
-        scratch = _new_scratch(_largest(ctx.ends, most_rows), weights)
-        for e, s, t in _blocks(ctx.ends, most_rows):
-            one = _of_expert(weights, e)
-            hidden = scratch.cut(t - s)
-            _activate(z_RG[s:t], weights.activation, out=hidden.h)
+        scratch = _new_scratch(ctx.ends, weights)
+        for e, s, t, z_nG in _backward_blocks(ctx.ends, saved_z, weights):
+            one, hidden = _of_expert(weights, e), scratch.cut(t - s)
+            _activate(z_nG, one.activation, out=hidden.h)
             grads.add_down(e, grad_RD[s:t], hidden.h)
             torch.mm(grad_RD[s:t], one.down_DF, out=hidden.dh)
-            _backward_block(rows_RD[s:t], z_RG[s:t], one, hidden, grads, None if grad_rows_RD is None else grad_rows_RD[s:t])
+            _backward_block(rows_RD[s:t], z_nG, one, hidden, grads, None if grad_rows_RD is None else grad_rows_RD[s:t])
         return grad_rows_RD, *grads.tensors(), None, None, None
 
 
@@ -104,42 +103,38 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, *args: Any) -> Tensor:
         *tensors, plan, ends, activation, keep = args
         weights = _weights(tensors, activation)
-        num_rows, dim = plan.order_R.shape[0], x_TD.shape[1]
         tokens_R = plan.row_tokens()
-        z_RG = _new_z(num_rows, ends, weights, keep)
-        rows_RD = x_TD.new_empty(num_rows, dim)
-        h_nF = x_TD.new_empty(_largest(ends), weights.hidden)
-        x_nD = x_TD.new_empty(h_nF.shape[0], dim)
-        for e, s, t in _blocks(ends):
-            torch.index_select(x_TD, 0, tokens_R[s:t], out=x_nD[: t - s])
-            z_nG = z_RG[s:t] if keep else z_RG[: t - s]
-            _forward_block(x_nD[: t - s], _of_expert(weights, e), z_nG, h_nF[: t - s], rows_RD[s:t])
-        ctx.save_for_backward(x_TD, weights_TK, z_RG if keep else None, *tensors)
+        rows_RD = x_TD.new_empty(tokens_R.shape[0], x_TD.shape[1])
+        saved_z = []
+        for e, start, end in _segments(ends):
+            x_nD = x_TD.index_select(0, tokens_R[start:end])
+            z_nG = _forward_expert(x_nD, _of_expert(weights, e), rows_RD[start:end])
+            if keep:
+                saved_z.append(z_nG)
+        ctx.save_for_backward(x_TD, weights_TK, *tensors, *saved_z)
         ctx.plan, ctx.ends, ctx.activation = plan, ends, activation
         return weighted_sum(rows_RD, weights_TK, plan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
-        x_TD, weights_TK, z_RG, *tensors = ctx.saved_tensors
+        x_TD, weights_TK, *tensors, saved_z = _take_saved(ctx, 6)
         plan: DispatchPlan = ctx.plan
         weights = _weights(tensors, ctx.activation)
         needs_x, needs_combine, *needs_weights = ctx.needs_input_grad[:6]
         grads = _WeightGrads.new(weights, needs_weights, ctx.ends)
         grad_TD = grads_out[0]
-        num_rows, dim = plan.order_R.shape[0], x_TD.shape[1]
         tokens_R, weights_R = plan.row_tokens(), weights_TK.reshape(-1).index_select(0, plan.order_R)
-        grad_rows_RD = x_TD.new_empty(num_rows, dim) if needs_x else None
-        grad_weights_R = weights_TK.new_zeros(num_rows)
-        most_rows = _backward_rows(weights)
-        scratch = _new_scratch(_largest(ctx.ends, most_rows), weights)
-        both_2nD = x_TD.new_empty(2, scratch.h.shape[0], dim)
-        for e, s, t in _blocks(ctx.ends, most_rows):
+        grad_rows_RD = x_TD.new_empty(tokens_R.shape[0], x_TD.shape[1]) if needs_x else None
+        grad_weights_R = weights_TK.new_zeros(tokens_R.shape[0])
+        scratch = _new_scratch(ctx.ends, weights)
+        both_2nD = x_TD.new_empty(2, scratch.h.shape[0], x_TD.shape[1])
+        for e, s, t, z_nG in _backward_blocks(ctx.ends, saved_z, weights):
             one, hidden = _of_expert(weights, e), scratch.cut(t - s)
             x_nD, g_nD = both_2nD[:, : t - s].unbind(0)
             torch.index_select(x_TD, 0, tokens_R[s:t], out=x_nD)
             torch.index_select(grad_TD, 0, tokens_R[s:t], out=g_nD)
-            _activate(z_RG[s:t], weights.activation, out=hidden.h)
+            _activate(z_nG, one.activation, out=hidden.h)
             torch.mm(g_nD, one.down_DF, out=hidden.dh)  # before the combine weight: this is what that weight's gradient needs
             if needs_combine:
                 bias_dots_n = g_nD.to(weights_TK.dtype) @ one.down_bias_D.to(weights_TK.dtype)
@@ -148,10 +143,21 @@ class _Layer(torch.autograd.Function):
             torch.mul(g_nD, w_n1, out=g_nD)
             torch.mul(hidden.dh, w_n1, out=hidden.dh)
             grads.add_down(e, g_nD, hidden.h)
-            _backward_block(x_nD, z_RG[s:t], one, hidden, grads, None if grad_rows_RD is None else grad_rows_RD[s:t])
+            _backward_block(x_nD, z_nG, one, hidden, grads, None if grad_rows_RD is None else grad_rows_RD[s:t])
+        del scratch, both_2nD
         grad_x_TD = None if grad_rows_RD is None else sum_choices(grad_rows_RD, plan)
         grad_weights_TK = gather_choices(grad_weights_R, plan) if needs_combine else None
         return grad_x_TD, grad_weights_TK, *grads.tensors(), None, None, None, None
+
+
+def _take_saved(ctx: Any, num_plain: int) -> list[Any]:
+    """The first `num_plain` saved tensors, and a list of the others (z by expert) that holds their last reference.
+
+    Autograd would keep all z until the backward pass is over; so each is free once its expert is done, unless the graph is retained.
+    """
+    saved = list(ctx.saved_tensors)
+    ctx.maybe_clear_saved_tensors()
+    return [*saved[:num_plain], saved[num_plain:]]
 
 
 class _Expert(NamedTuple):
@@ -185,41 +191,44 @@ class _Scratch(NamedTuple):
         return _Scratch(self.h[:num_rows], self.dh[:num_rows], self.dz[:num_rows])
 
 
-def _blocks(ends: list[int], most_rows: int | None = None) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end row) of every block of at most that many rows, in order; none for an expert without rows."""
-    start = 0
-    for e, end in enumerate(ends):
-        for s in range(start, end, most_rows or max(end, 1)):
-            yield e, s, min(s + most_rows, end) if most_rows else end
-        start = end
+def _segments(ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert that has rows."""
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start < end:
+            yield e, start, end
 
 
-def _backward_rows(weights: ExpertWeights) -> int | None:
+def _block_rows(weights: ExpertWeights, num_rows: int) -> int:
     """Rows a block in backward; no limit in 16 bits, where the weight gradients would be rounded once more for every block."""
-    return BLOCK_ROWS if weights.down_EDF.dtype.itemsize >= 4 else None
+    return min(num_rows, BLOCK_ROWS) if weights.down_EDF.dtype.itemsize >= 4 else num_rows
 
 
-def _largest(ends: list[int], most_rows: int | None = None) -> int:
-    return max((t - s for _, s, t in _blocks(ends, most_rows)), default=0)
+def _backward_blocks(ends: list[int], saved_z: list[Tensor], weights: ExpertWeights) -> Iterator[tuple[int, int, int, Tensor]]:
+    """(expert, first row, end row, z of these rows) of every block, in order of rows. Empties `saved_z`."""
+    for e, start, end in _segments(ends):
+        z_nG = saved_z.pop(0)
+        size = _block_rows(weights, end - start)
+        for s in range(start, end, size):
+            t = min(s + size, end)
+            yield e, s, t, z_nG[s - start : t - start]
+        del z_nG
 
 
-def _new_z(num_rows: int, ends: list[int], weights: ExpertWeights, keep: bool) -> Tensor:
-    """Pre-activations: of all rows if backward needs them, else one block's."""
-    return weights.up_EGD.new_empty(num_rows if keep else _largest(ends), weights.up_EGD.shape[1])
-
-
-def _new_scratch(num_rows: int, weights: ExpertWeights) -> _Scratch:
+def _new_scratch(ends: list[int], weights: ExpertWeights) -> _Scratch:
     """The buffers of a backward pass."""
-    h, dh = (weights.down_EDF.new_empty(num_rows, weights.hidden) for _ in range(2))
-    return _Scratch(h, dh, dh if weights.activation == "gelu" else h.new_empty(num_rows, 2 * weights.hidden))
+    size = max((_block_rows(weights, end - start) for _, start, end in _segments(ends)), default=0)
+    h, dh = (weights.down_EDF.new_empty(size, weights.hidden) for _ in range(2))
+    return _Scratch(h, dh, dh if weights.activation == "gelu" else h.new_empty(size, 2 * weights.hidden))
 
 
-def _forward_block(x_nD: Tensor, one: _Expert, z_nG: Tensor, h_nF: Tensor, out_nD: Tensor) -> None:
-    """Fills z, h and out."""
+def _forward_expert(x_nD: Tensor, one: _Expert, out_nD: Tensor) -> Tensor:
+    """Fills out; returns z."""
     # The bias last, not addmm, which starts the sum with it: so the bits are those of `reference` and `grouped`, at no cost.
-    torch.mm(x_nD, one.up_GD.t(), out=z_nG).add_(one.up_bias_G)
+    z_nG = torch.mm(x_nD, one.up_GD.t()).add_(one.up_bias_G)
+    h_nF = z_nG.new_empty(x_nD.shape[0], one.down_DF.shape[1])
     _activate(z_nG, one.activation, out=h_nF)
     torch.mm(h_nF, one.down_DF.t(), out=out_nD).add_(one.down_bias_D)
+    return z_nG
 
 
 def _backward_block(x_nD: Tensor, z_nG: Tensor, one: _Expert, hidden: _Scratch, grads: _WeightGrads, grad_x_nD: Tensor | None) -> None:
