@@ -42,6 +42,7 @@ def test_a_good_run_passes(tmp_path: Path, digits_shards: Path) -> None:
         ("m2mkd.ds_config=zeroo", "m2mkd: .*zeroo"),
         ("end_to_end.min_lr=9", "end_to_end: .*min_lr"),
         ("student.embed_dim=30 student.mlp_ratio=1.1 student.moe.backend=grouped", "m2mkd: .*grouped"),
+        ("student.moe.activation=swiglu", "swiglu.*export allows gelu"),
     ],
 )
 def test_what_is_wrong_in_a_later_phase_is_said_at_once(tmp_path: Path, digits_shards: Path, override: str, message: str) -> None:
