@@ -250,6 +250,32 @@ def test_fused_keeps_the_pre_activations_only_and_peaks_below_the_loop(activatio
         assert peak_bytes(fused, x, routed, weights) < peak_bytes(loop, x, routed, weights)
 
 
+class LiveAtGather(PeakBytes):
+    """Live bytes at the last index_select: in backward, the sum over choices, when all experts are done."""
+
+    last = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if "index_select" in str(func):
+            self.last = sum(self.live.values())
+        return out
+
+
+def test_fused_frees_pre_activations_as_backward_passes_them() -> None:
+    x, ids, weights, grad = (t.float() if t.is_floating_point() else t for t in make_problem(500, 2, 4, dim=16))
+    experts, plan = make_experts("fused", 4, dim=16, hidden=64), make_plan(ids, 4)
+    last = []
+    for retain in (False, True):
+        leaf = x.clone().requires_grad_()
+        experts.zero_grad()
+        with LiveAtGather(leaf, weights, grad, *experts.parameters()) as mode:
+            experts(leaf, weights, plan).backward(grad, retain_graph=retain)
+        last.append(mode.last)
+    last_expert = int(plan.offsets_E[3] - plan.offsets_E[2])
+    assert last[1] - last[0] == (1000 - last_expert) * 64 * 4  # z; that of the last expert is still in use
+
+
 def test_fused_keeps_nothing_without_a_backward_pass() -> None:
     x, ids, weights, _ = (t.float() if t.is_floating_point() else t for t in make_problem(500, 1, 8, dim=8))
     experts, plan = make_experts("fused", 8, dim=8, hidden=128), make_plan(ids, 8)
