@@ -138,8 +138,12 @@ class MoEConfig:
     """The n of `every` and `last`."""
     num_experts: int = 8
     """Experts a MoE block."""
-    backend: Literal["auto", "reference", "grouped"] = "auto"
-    """Expert compute. auto: `grouped` where torch's grouped matmul supports dtype and shape, else an error names why."""
+    backend: Literal["auto", "reference", "loop", "grouped", "padded", "fused", "triton"] = "auto"
+    """Expert compute; does not change weights or names. auto: picked by device, dtype and shape from the measured table in
+    `moe/backends/auto_table.py`, and the log says what and why. The others: docs/moe_backends.md."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Inside an expert. gelu: down(gelu(up(x))), exact erf form. swiglu: up has twice the rows, down(silu(gate) * value); half again
+    as many weights and operations at the same width. Dense blocks keep GELU. The Hugging Face export takes gelu only."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """How tokens choose."""
 

@@ -39,7 +39,7 @@ MANIFEST = "manifest.json"
 CODE_FILES = ("configuration_vmoe.py", "modeling_vmoe.py")
 _DTYPES = {"fp32": ("float32", torch.float32), "bf16": ("bfloat16", torch.bfloat16), "fp16": ("float16", torch.float16)}
 _RESAMPLE: dict[Literal["bilinear", "bicubic"], int] = {"bilinear": 2, "bicubic": 3}  # PIL's numbers, which image processors store
-_BACKEND = {"auto": "auto", "grouped": "grouped", "reference": "loop"}
+_BACKEND = {"auto": "auto", "grouped": "grouped", "reference": "loop"}  # ours -> the template's; all others become its `auto`
 
 
 class Exported(NamedTuple):
@@ -117,8 +117,15 @@ def verify_manifest(folder: Path) -> None:
             raise StoreError(f"{folder / name}: changed since the export (its SHA-256 is not the manifest's); export it again")
 
 
+def check_exportable(arch: VMoEArch) -> None:
+    """Raises ValueError for an architecture that the template's model cannot compute."""
+    if arch.moe_blocks and arch.activation != "gelu":
+        raise ValueError(f"student.moe.activation is {arch.activation!r}; the Hugging Face export allows gelu, leave out the node `export`")
+
+
 def model_config(arch: VMoEArch, stitches: Sequence[StitchSpec], class_names: Sequence[str], dtype: str) -> dict[str, Any]:
-    """config.json; its fields are documented in hf_template/configuration_vmoe.py."""
+    """config.json; its fields are documented in hf_template/configuration_vmoe.py. Raises ValueError (`check_exportable`)."""
+    check_exportable(arch)
     return {
         "architectures": ["VMoEForImageClassification"],
         "auto_map": {
@@ -126,7 +133,7 @@ def model_config(arch: VMoEArch, stitches: Sequence[StitchSpec], class_names: Se
             "AutoModelForImageClassification": "modeling_vmoe.VMoEForImageClassification",
         },
         "dtype": _DTYPES[dtype][0],
-        "expert_backend": _BACKEND[arch.backend],
+        "expert_backend": _BACKEND.get(arch.backend, "auto"),
         "hidden_size": arch.embed_dim,
         "id2label": {str(i): name for i, name in enumerate(class_names)},
         "image_size": arch.image_size,

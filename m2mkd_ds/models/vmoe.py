@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from m2mkd_ds.config import MoEConfig, RouterConfig, RunConfig
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.stitch import Stitch
+from m2mkd_ds.moe.backends import Activation
 from m2mkd_ds.moe.layer import MoELayer
 from m2mkd_ds.moe.routing import Routing, RoutingStats
 
@@ -45,6 +46,8 @@ class VMoEArch:
     router: RouterConfig
     backend: str = "auto"
     """Expert compute (`moe.backends`); does not change weights or names."""
+    activation: Activation = "gelu"
+    """Inside the experts; dense MLPs have GELU. swiglu makes the experts' first map twice as tall."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -96,6 +99,7 @@ def arch_from_config(config: RunConfig) -> VMoEArch:
         num_experts=student.moe.num_experts,
         router=student.moe.router,
         backend=student.moe.backend,
+        activation=student.moe.activation,
     )
 
 
@@ -183,7 +187,7 @@ class Block(nn.Module):
         self.attn = Attention(arch.embed_dim, arch.num_heads)
         self.norm2 = nn.LayerNorm(arch.embed_dim, eps=LAYER_NORM_EPS)
         if is_moe:
-            self.moe = MoELayer(arch.embed_dim, arch.hidden_dim, arch.num_experts, arch.router, arch.backend)
+            self.moe = MoELayer(arch.embed_dim, arch.hidden_dim, arch.num_experts, arch.router, arch.backend, arch.activation)
         else:
             self.mlp = Mlp(arch.embed_dim, arch.hidden_dim)
         self.is_moe = is_moe

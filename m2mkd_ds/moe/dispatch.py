@@ -8,11 +8,13 @@ gathers: no index_add, no atomics, no host sync. Shape letters: T tokens, K choi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,57 @@ def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 def combine(rows_RD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
     """Weighted sum of each token's rows: [R, D], [T, K] -> [T, D] in the dtype of the rows; zeros for a token without rows.
 
-    Products and sum are in the weights' dtype (fp32 by the router's contract), choice 0 first.
+    Products and sum are in the weights' dtype (fp32 by the router's contract), choice 0 first. Differentiable once.
     """
-    rows_TKD = _Unpermute.apply(rows_RD, plan)
-    total_TD = rows_TKD[:, 0] * weights_TK[:, 0, None]
-    for k in range(1, weights_TK.shape[1]):
-        total_TD = total_TD + rows_TKD[:, k] * weights_TK[:, k, None]
+    return _Combine.apply(rows_RD, weights_TK, plan)
+
+
+def weighted_sum(rows_RD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
+    """`combine` without autograd, for backends that bring their own backward pass."""
+    total_TD = rows_RD.new_zeros(weights_TK.shape[0], rows_RD.shape[1], dtype=weights_TK.dtype)
+    term_TD = torch.empty_like(total_TD)
+    for k, choice_TD in _choices(rows_RD, plan):
+        # Product and sum in two steps, not addcmul, which rounds once where the exported model's plain code rounds twice.
+        total_TD.add_(torch.mul(choice_TD, weights_TK[:, k, None], out=term_TD))
     return total_TD.to(rows_RD.dtype)
+
+
+def sum_choices(rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Sum of each token's rows, in at least fp32 so that bf16 does not round after every choice: [R, D] -> [T, D]. No autograd."""
+    dtype = torch.promote_types(rows_RD.dtype, torch.float32)
+    total_TD = rows_RD.new_zeros(plan.rows_TK.shape[0], rows_RD.shape[1], dtype=dtype)
+    for _, choice_TD in _choices(rows_RD, plan):
+        total_TD.add_(choice_TD)
+    return total_TD.to(rows_RD.dtype)
+
+
+def gather_choices(values_R: Tensor, plan: DispatchPlan) -> Tensor:
+    """One number a row -> one a choice, [R] -> [T, K]; zero for a choice without a row. No autograd."""
+    if not values_R.shape[0]:
+        return values_R.new_zeros(plan.rows_TK.shape)
+    values_TK = values_R[plan.rows_TK]
+    return values_TK if plan.kept_TK is None else values_TK.masked_fill_(~plan.kept_TK, 0)
+
+
+def row_dots(a_ND: Tensor, b_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scalar product of each pair of rows, multiplied and summed in `dtype`: [N, D], [N, D] -> [N]."""
+    return torch.linalg.vecdot(a_ND.to(dtype), b_ND.to(dtype))
+
+
+def _choices(rows_RD: Tensor, plan: DispatchPlan) -> Iterator[tuple[int, Tensor]]:
+    """(k, rows of all tokens' choice k [T, D]) for k = 0..K-1, zeros where a choice has no row. The buffer is used again.
+
+    Zeros, not a zero weight: rows of nobody may hold NaN, and 0 * NaN is NaN.
+    """
+    num_tokens, top_k = plan.rows_TK.shape
+    if not rows_RD.shape[0]:
+        return  # no choice has a row, and there is no row 0 to read in its place
+    choice_TD = rows_RD.new_empty(num_tokens, rows_RD.shape[1])
+    for k in range(top_k):
+        torch.index_select(rows_RD, 0, plan.rows_TK[:, k], out=choice_TD)
+        if plan.kept_TK is not None:
+            choice_TD.masked_fill_(~plan.kept_TK[:, k, None], 0)
+        yield k, choice_TD
 
 
 class _Permute(torch.autograd.Function):
@@ -80,34 +126,32 @@ class _Permute(torch.autograd.Function):
         return x_TD.index_select(0, plan.row_tokens())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        plan: DispatchPlan = ctx.plan
-        grad_RD = grads[0]
-        num_tokens, top_k = plan.rows_TK.shape
-        # Summed in fp32 so that bf16 does not round after every choice.
-        total_TD = grad_RD.new_zeros(num_tokens, grad_RD.shape[1], dtype=torch.promote_types(grad_RD.dtype, torch.float32))
-        for k in range(top_k):
-            total_TD = total_TD + _masked(grad_RD.index_select(0, plan.rows_TK[:, k]), plan, k)
-        return total_TD.to(grad_RD.dtype), None
+        return sum_choices(grads[0], ctx.plan), None
 
 
-class _Unpermute(torch.autograd.Function):
-    """[R, D] -> [T, K, D], a gather that no two choices share a row in; its gradient is the gather the other way."""
+class _Combine(torch.autograd.Function):
+    """Saves the rows and the weights; makes no [T, K, D] tensor in either direction."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.save_for_backward(rows_RD, weights_TK)
         ctx.plan = plan
-        num_tokens, top_k = plan.rows_TK.shape
-        rows_TKD = rows_RD.index_select(0, plan.rows_TK.reshape(-1)).view(num_tokens, top_k, rows_RD.shape[1])
-        # A mask, not a zero weight: rows of nobody may hold NaN, and 0 * NaN is NaN.
-        return rows_TKD if plan.kept_TK is None else torch.where(plan.kept_TK[..., None], rows_TKD, 0)
+        return weighted_sum(rows_RD, weights_TK, plan)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_RD, weights_TK = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
-        return grads[0].flatten(0, 1).index_select(0, plan.order_R), None
-
-
-def _masked(rows_TD: Tensor, plan: DispatchPlan, k: int) -> Tensor:
-    """Zero where choice k of a token has no row."""
-    return rows_TD if plan.kept_TK is None else torch.where(plan.kept_TK[:, k, None], rows_TD, 0)
+        grad_TD = grads[0]
+        grad_rows_RD = grad_weights_TK = None
+        if ctx.needs_input_grad[0]:
+            grad_rows_RD = grad_TD.index_select(0, plan.row_tokens())
+            torch.mul(grad_rows_RD, weights_TK.reshape(-1).index_select(0, plan.order_R)[:, None], out=grad_rows_RD)
+        if ctx.needs_input_grad[1]:
+            grad_weights_TK = torch.zeros_like(weights_TK, memory_format=torch.contiguous_format)
+            for k, choice_TD in _choices(rows_RD, plan):
+                grad_weights_TK[:, k] = row_dots(choice_TD, grad_TD, weights_TK.dtype)
+        return grad_rows_RD, grad_weights_TK, None

@@ -65,6 +65,9 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
         """Tokens [T, D] -> weighted sum of each token's experts [T, D]."""
         x_TD, weights, backend = self.prepare(x_TD)
+        run_layer = getattr(backend, "run_layer", None)
+        if run_layer is not None:
+            return run_layer(x_TD, weights_TK, plan, weights)
         rows_RD = backend.run(permute(x_TD, plan), plan.offsets_E, weights)
         return combine(rows_RD, weights_TK, plan)
 

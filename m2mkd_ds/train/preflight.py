@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from m2mkd_ds.checkpoint.hf_export import parse_size
+from m2mkd_ds.checkpoint.hf_export import check_exportable, parse_size
 from m2mkd_ds.config import PHASES, ConfigError, PhaseConfig
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.groups import check_expert_parallel
@@ -44,7 +44,14 @@ def _check_phase(ctx: RunContext, name: str, phase: PhaseConfig) -> None:
     resolve_ds_config(phase.ds_config, phase, world_size=ctx.world.size, precision=ctx.precision(phase.precision))
     if _has_experts(ctx, name):
         student, device = ctx.student_arch, ctx.world.device
-        get_backend(student.backend, device=device, dtype=ctx.dtype(phase.precision), dim=student.embed_dim, hidden=student.hidden_dim)
+        get_backend(
+            student.backend,
+            device=device,
+            dtype=ctx.dtype(phase.precision),
+            dim=student.embed_dim,
+            hidden=student.hidden_dim,
+            activation=student.activation,
+        )
 
 
 def _has_experts(ctx: RunContext, name: str) -> bool:
@@ -64,6 +71,7 @@ def _check_experts(ctx: RunContext, name: str, phase: PhaseConfig, ranks_known: 
 
 def _check_export(ctx: RunContext) -> None:
     export, classes = ctx.config.export, ctx.config.data.num_classes
+    check_exportable(ctx.student_arch)
     parse_size(export.max_shard_size)
     if export.class_names and len(export.class_names) != classes:
         raise ConfigError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from m2mkd_ds.moe.dispatch import combine, make_plan, permute
 
@@ -103,3 +107,69 @@ def test_repeated_runs_are_bitwise_equal_and_strided_input_works() -> None:
         results.append((y_TD, leaf.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])  # type: ignore[arg-type]
+
+
+def test_dropped_choices_by_hand() -> None:
+    # Three experts, 3 stands for none; at most 4 of 6 choices have one. Flat choices: t0 -> 1, none; t1 -> 0, 1; t2 -> none, none.
+    plan = make_plan(torch.tensor([[1, 3], [0, 1], [3, 3]]), 3, max_rows=4)
+    assert plan.offsets_E.tolist() == [1, 3, 3]
+    assert plan.order_R[:3].tolist() == [2, 0, 3]  # row 3 is nobody's
+    x_TD = torch.tensor([[10.0], [20.0], [30.0]], requires_grad=True)
+    rows = permute(x_TD, plan)
+    assert rows[:3, 0].tolist() == [20, 10, 20]
+    weights = torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.0, 0.0]], requires_grad=True)
+    behind = torch.tensor([[5.0], [6.0], [7.0], [torch.nan]], requires_grad=True)
+    out = combine(behind, weights, plan)
+    assert out[:, 0].tolist() == [6, 2 * 5 + 3 * 7, 0]
+    out.backward(torch.tensor([[1.0], [10.0], [100.0]]))
+    assert behind.grad is not None and weights.grad is not None
+    assert behind.grad[:3, 0].tolist() == [20, 1, 30]  # weight times the token's gradient
+    assert weights.grad.tolist() == [[6, 0], [50, 70], [0, 0]]  # row times the token's gradient; none, not NaN, where there is no row
+    rows.backward(torch.tensor([[1.0], [2.0], [4.0], [torch.nan]]))
+    assert x_TD.grad is not None and x_TD.grad[:, 0].tolist() == [2, 1 + 4, 0]
+
+
+def test_row_0_may_be_nobodys_and_there_may_be_no_row() -> None:
+    for max_rows in (0, 2):
+        plan = make_plan(torch.full((3, 2), 4), 4, max_rows)
+        rows = torch.full((max_rows, 5), torch.nan, requires_grad=True)
+        x_TD, weights = torch.ones(3, 5, requires_grad=True), torch.zeros(3, 2, requires_grad=True)
+        out = combine(permute(x_TD, plan) * 0 + rows, weights, plan)
+        out.sum().backward()
+        assert torch.equal(out, torch.zeros(3, 5)) and torch.equal(weights.grad, torch.zeros(3, 2))  # type: ignore[arg-type]
+        assert torch.equal(x_TD.grad, torch.zeros(3, 5))  # type: ignore[arg-type]
+
+
+def test_gradcheck_with_dropped_choices() -> None:
+    ids_TK = random_ids(6, 4, 2)
+    ids_TK[1], ids_TK[4, 0] = 4, 4
+    plan = make_plan(ids_TK, 4, max_rows=12)
+    x_TD = torch.randn(6, 3, dtype=torch.double, requires_grad=True)
+    weights_TK = torch.rand(6, 2, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: combine(permute(x, plan).sin(), w, plan), (x_TD, weights_TK))
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts distinct results of operators with at least `size` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.found = size, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found |= {t.data_ptr() for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel() >= self.size}
+        return out
+
+
+def test_combine_makes_no_copy_of_all_rows() -> None:
+    plan = make_plan(random_ids(32, 5, 4), 5)
+    rows = torch.randn(128, 6, requires_grad=True)
+    weights = torch.rand(32, 4, requires_grad=True)
+    with LargeTensors(2 * 32 * 6) as mode:
+        out = combine(rows, weights, plan)
+    assert not mode.found
+    grad = torch.randn(32, 6)
+    with LargeTensors(2 * 32 * 6) as mode:
+        out.backward(grad)
+    assert mode.found == {rows.grad.data_ptr()}  # type: ignore[union-attr]

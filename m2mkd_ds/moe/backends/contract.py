@@ -7,11 +7,14 @@ Shape letters: R rows, E experts, D width, F expert hidden width, G = F (gelu) o
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from m2mkd_ds.moe.dispatch import DispatchPlan
 
 Activation = Literal["gelu", "swiglu"]
 """gelu: down(gelu(up(x))), the exact erf form. swiglu: up gives gate and value, gate first; down(silu(gate) * value)."""
@@ -64,4 +67,15 @@ class Backend(Protocol):
 
     def run(self, rows_RD: Tensor, offsets_E: Tensor, weights: ExpertWeights) -> Tensor:
         """Rows [R, D] -> [R, D], contiguous, in the dtype of the weights."""
+        ...
+
+
+class LayerBackend(Backend, Protocol):
+    """A backend that also does dispatch and combine. `Experts` calls `run_layer` where the module has it.
+
+    Same values as permute -> run -> combine: sums over choices in the dtype of `weights_TK`, choice 0 first.
+    """
+
+    def run_layer(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, weights: ExpertWeights) -> Tensor:
+        """Tokens [T, D] and combine weights [T, K] -> [T, D] in the dtype of the weights; differentiable in x, weights_TK, weights."""
         ...

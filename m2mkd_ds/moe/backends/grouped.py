@@ -1,8 +1,9 @@
-"""Backend `grouped`: torch's grouped matmul plus bias and GELU, no host sync on GPUs where torch has the fast path.
+"""Backend `grouped`: torch's grouped matmul plus bias and activation, no host sync on GPUs where torch has the fast path.
 
 Facts about torch's operator (seen in 2.13 and 2.15) that shape this file: every stride must be a multiple of 16 bytes, offsets
-must be int32, there is no bias, autocast is ignored, fp64 is refused, and rows beyond the last offset are uninitialised memory
-(the backends' contract has none). Shape letters: R rows, E experts, D width, F hidden width.
+must be int32, there is no bias, autocast is ignored, fp64 is refused, and rows beyond the last offset are uninitialised memory,
+in the output and in the gradient of the rows alike: elementwise steps may carry them along, no sum over rows may take them in.
+Shape letters: R rows, E experts, D width, F hidden width.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class _AddGroupBias(torch.autograd.Function):
     def forward(ctx: Any, rows_RO: Tensor, bias_EO: Tensor, offsets_E: Tensor) -> Tensor:
         ctx.save_for_backward(offsets_E)
         row_ids_R = torch.arange(rows_RO.shape[0], device=rows_RO.device, dtype=torch.int32)
-        expert_ids_R = torch.searchsorted(offsets_E, row_ids_R, right=True)
+        # Rows beyond the last offset belong to nobody and would index past the last expert.
+        expert_ids_R = torch.searchsorted(offsets_E, row_ids_R, right=True).clamp_(max=bias_EO.shape[0] - 1)
         return rows_RO + bias_EO.index_select(0, expert_ids_R)
 
     @staticmethod
