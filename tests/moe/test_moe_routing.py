@@ -10,7 +10,8 @@ from torch import Tensor
 
 from m2mkd_ds.config import RouterConfig
 from m2mkd_ds.moe.losses import importance_loss, switch_loss, z_loss
-from m2mkd_ds.moe.routing import TopKRouter, top_k_ids
+from m2mkd_ds.moe.routers.topk import TopKRouter
+from m2mkd_ds.moe.routing import top_k_ids
 
 
 def identity_router(num_experts: int, **config: object) -> TopKRouter:
