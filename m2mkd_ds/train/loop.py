@@ -144,7 +144,7 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
     phase, world = job.phase, job.world
     lr = _learning_rate(job, step)
     losses: list[tuple[str, range, Tensor]] = []
-    loads: dict[str, Loads] = {trainee.name: {} for trainee in active}
+    loads: dict[str, Loads] = {trainee.name: {} for trainee in active if trainee.routers}
     for micro_step in range(phase.gradient_accumulation_steps):
         last = micro_step + 1 == phase.gradient_accumulation_steps
         slots = positions(
@@ -159,16 +159,16 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
             trainee.pending = dict(output.metrics) if log and last else {}
             trainee.engine.backward(output.loss)
             losses.append((trainee.name, slots, output.loss.detach()))
-            loads[trainee.name] = add_loads(loads[trainee.name], output.load)
+            if trainee.routers:
+                loads[trainee.name] = add_loads(loads[trainee.name], output.load)
         if last:
             _stop_if_not_finite(losses, step, world)
         for trainee in active:
             grad_norm = trainee.engine.step(lr)
             if last:
                 _after_optimizer_step(trainee, step, grad_norm)
-    balanced = [(trainee.routers, loads[trainee.name]) for trainee in active if trainee.routers]
-    if balanced:
-        balance_routers(balanced)
+    if loads:
+        balance_routers([(trainee.routers, loads[trainee.name]) for trainee in active if trainee.name in loads])
 
 
 def mean_over_ranks(metrics: dict[str, Any], world: World) -> dict[str, Any]:
