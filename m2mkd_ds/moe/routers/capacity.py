@@ -27,7 +27,7 @@ def apply_capacity(expert_ids_TK: Tensor, weights_TK: Tensor, num_experts: int, 
     num_tokens, top_k = expert_ids_TK.shape
     if priority == "order":
         kept_KT = _first_claims(expert_ids_TK.t().reshape(-1), num_experts, capacity).view(top_k, num_tokens)
-        kept_TK = kept_KT.t()
+        kept_TK = kept_KT.t().contiguous()
     else:
         largest_T = weights_TK.detach().max(dim=-1).values
         served_T = largest_T.sort(descending=True, stable=True).indices
