@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def importance_loss(probs_TE: Tensor) -> Tensor:
-    """Squared coefficient of variation of each expert's summed softmax probability (V-MoE, arXiv 2106.05974, appendix A).
+    """Squared coefficient of variation of each expert's summed softmax probability (V-MoE, arXiv 2106.05974, appendix A.2).
 
     CV^2 = population variance / mean^2; 0 when balanced, E - 1 when one expert gets everything.
     """
@@ -19,11 +19,10 @@ def importance_loss(probs_TE: Tensor) -> Tensor:
 
 
 def load_loss(logits_TE: Tensor, noisy_TE: Tensor, expert_ids_TK: Tensor, std: float) -> Tensor:
-    """Squared coefficient of variation of each expert's mean probability of being chosen (V-MoE, appendix A, equations for the load).
+    """Squared coefficient of variation of each expert's mean probability of being chosen (V-MoE, appendix A.2).
 
     p = P(logit + new noise >= threshold) = 1 - Phi((threshold - logit) / std), where the threshold of a token is its K-th largest
-    noisy logit and `logits_TE` are those without noise. `expert_ids_TK` are the chosen experts in any order of the first K-1 ones
-    and with the K-th best last. The gradient flows through logit and threshold.
+    noisy logit and `logits_TE` are those without noise. `expert_ids_TK` are the chosen experts, the K-th best last. The gradient flows through logit and threshold.
     """
     thresholds_T1 = noisy_TE.gather(1, expert_ids_TK[:, -1:])
     probs_TE = torch.special.ndtr((logits_TE - thresholds_T1) / std)  # = 1 - Phi(-x), without its cancellation

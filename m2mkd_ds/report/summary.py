@@ -12,6 +12,9 @@ from m2mkd_ds.report.table import DASH, percent
 
 TIME_COLUMNS = ("node", "wall time", "steps", "images", "images / s", "finished")
 
+ROUTER_TEXT = "routing entropy, busiest expert, dead experts and drop rate by block"
+"""The router figure in words."""
+
 PHASE_TITLES = {
     "pretrain_meta": "Meta model, trained on labels",
     "modular_train": "Teacher modules, each trained inside the meta model",
@@ -101,7 +104,7 @@ def config_rows(facts: RunFacts) -> list[tuple[str, str]]:
 
 def describe_router(router: RouterConfig) -> str:
     """`topk, top-2, softmax after top-k, dropless` and what else is not at its default."""
-    parts = [router.kind]
+    parts: list[str] = [router.kind]
     if router.kind != "expert_choice":
         parts += [f"top-{router.top_k}", f"softmax {router.softmax} top-k"]
     if router.kind == "noisy_topk":
