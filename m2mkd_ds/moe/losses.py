@@ -22,7 +22,8 @@ def load_loss(logits_TE: Tensor, noisy_TE: Tensor, expert_ids_TK: Tensor, std: f
     """Squared coefficient of variation of each expert's mean probability of being chosen (V-MoE, appendix A.2).
 
     p = P(logit + new noise >= threshold) = 1 - Phi((threshold - logit) / std), where the threshold of a token is its K-th largest
-    noisy logit and `logits_TE` are those without noise. `expert_ids_TK` are the chosen experts, the K-th best last. The gradient flows through logit and threshold.
+    noisy logit and `logits_TE` are those without noise. `expert_ids_TK` are the chosen experts, the K-th best last. The gradient flows
+    through logit and threshold.
     """
     thresholds_T1 = noisy_TE.gather(1, expert_ids_TK[:, -1:])
     probs_TE = torch.special.ndtr((logits_TE - thresholds_T1) / std)  # = 1 - Phi(-x), without its cancellation
