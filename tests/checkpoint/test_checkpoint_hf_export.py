@@ -180,18 +180,39 @@ def test_balance_bias_stays_fp32_in_a_bf16_export(tmp_path: Path, auto: Any) -> 
         assert torch.equal(bias_E, model.state_dict()["blocks.1.moe.router.balance_bias"])
 
 
-def test_gradients_of_a_tight_capacity_are_those_of_the_training_code(tmp_path: Path, auto: Any) -> None:
+class Poison(torch.autograd.Function):
+    """Rows beyond the last offset hold NaN, forward and backward, as torch's grouped matmul may leave them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, end: Tensor) -> Tensor:
+        ctx.end = int(end)
+        return torch.cat([rows[: ctx.end], torch.full_like(rows[ctx.end :], float("nan"))])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.cat([grads[0][: ctx.end], torch.full_like(grads[0][ctx.end :], float("nan"))]), None
+
+
+def test_gradients_of_a_tight_capacity_are_those_of_the_training_code(tmp_path: Path, auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.nn.functional.grouped_mm
+
+    def poisoned(rows: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        return Poison.apply(plain(Poison.apply(rows, offs[-1]).nan_to_num(), weight, offs=offs), offs[-1])
+
     router = dataclasses.replace(ROUTER_PRESETS["switch"], capacity_factor=0.6)
     model = make_model(dataclasses.replace(ARCH, router=router, backend="reference")).train()
     labels = torch.tensor([0, 4, 2])
     out = model(IMAGES)
+    assert all(0 < float(stats.drop_rate) < 1 for stats in out.stats.values())
     (torch.nn.functional.cross_entropy(out.output, labels) + sum(out.router_losses.values())).backward()
-    for backend in ("loop", "grouped"):
-        exported = auto(export(model, tmp_path / backend), expert_backend=backend).train()
+    for backend in ("loop", "grouped", "poisoned"):
+        if backend == "poisoned":
+            monkeypatch.setattr(torch.nn.functional, "grouped_mm", poisoned)
+        exported = auto(export(model, tmp_path / backend), expert_backend="loop" if backend == "loop" else "grouped").train()
         exported(IMAGES, labels=labels).loss.backward()
         theirs = dict(exported.named_parameters())
         for name, p in model.named_parameters():
-            torch.testing.assert_close(theirs[name].grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(theirs[name].grad, p.grad, rtol=1e-4, atol=1e-6, msg=f"{backend} {name}")
 
 
 def test_all_expert_paths_give_the_same_bits_and_unknown_ones_are_refused(tmp_path: Path, auto: Any) -> None:
