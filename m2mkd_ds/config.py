@@ -21,6 +21,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from m2mkd_ds.router_config import ROUTER_PRESETS, RouterConfig, check_router, router_preset
+
+__all__ = [
+    "PHASES", "ROUTER_PRESETS", "AugmentConfig", "ConfigError", "DataConfig", "DistillConfig", "ExportConfig", "LaunchConfig",
+    "MetaConfig", "MoEConfig", "PhaseConfig", "RouterConfig", "RunConfig", "StudentConfig", "TeacherConfig", "apply_overrides",
+    "check_router", "dump", "field_paths", "from_dict", "load", "to_dict",
+]  # fmt: skip
+
 PHASES = ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline")
 """Training phases, in the order in which the pipeline runs them."""
 
@@ -109,26 +117,6 @@ class MetaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How a token chooses its experts."""
-
-    top_k: int = 2
-    """Experts a token."""
-    softmax: Literal["before", "after"] = "after"
-    """before: softmax over all experts, then top-k (V-MoE). after: top-k of the logits, then softmax over them (the authors' NaiveGate)."""
-    renormalize: bool = False
-    """With softmax=before: divide the kept weights by their sum."""
-    bias: bool = True
-    """Whether the router's linear map has a bias (the authors' has)."""
-    importance_weight: float = 0.0
-    """Weight of the importance loss, CV^2 of the summed gate values (V-MoE appendix A)."""
-    switch_weight: float = 0.01
-    """Weight of the Switch load-balancing loss. PAPER: the authors' release trains with no balancing loss at all (0)."""
-    z_weight: float = 0.0
-    """Weight of the router z-loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Which blocks are sparse, and their experts."""
 
@@ -143,9 +131,9 @@ class MoEConfig:
     `moe/backends/auto_table.py`, and the log says what and why. The others: docs/moe_backends.md."""
     activation: Literal["gelu", "swiglu"] = "gelu"
     """Inside an expert. gelu: down(gelu(up(x))), exact erf form. swiglu: up has twice the rows, down(silu(gate) * value); half again
-    as many weights and operations at the same width. Dense blocks keep GELU. The Hugging Face export takes gelu only."""
+    as many weights and operations at the same width. Dense blocks keep GELU."""
     router: RouterConfig = field(default_factory=RouterConfig)
-    """How tokens choose."""
+    """How tokens choose; `student.moe.router=NAME` takes one of the presets (docs/moe.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,9 +339,10 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"distill.kd_weight is {config.distill.kd_weight}; allowed is 0 (no teacher) to 1 (no labels)")
     if config.distill.temperature <= 0:
         raise ConfigError(f"distill.temperature is {config.distill.temperature}; it must be positive")
-    moe = config.student.moe
-    if not 1 <= moe.router.top_k <= moe.num_experts:
-        raise ConfigError(f"student.moe.router.top_k is {moe.router.top_k}; allowed is 1 to student.moe.num_experts = {moe.num_experts}")
+    try:
+        check_router(config.student.moe.router, config.student.moe.num_experts, at="student.moe.")
+    except ValueError as err:
+        raise ConfigError(str(err)) from None
     if config.data.image_size % config.student.patch_size:
         raise ConfigError(f"data.image_size {config.data.image_size} is not a multiple of student.patch_size {config.student.patch_size}")
     for name in ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end"):
@@ -439,7 +428,8 @@ def _nearest(path: str) -> str:
 def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
     """Apply `key.path=value` strings (values are YAML: `[1, 2]`, `true`, `1e-3`, `text`) and check types and names.
 
-    `teacher.arch_args.KEY=value` reaches into the free dictionary. Raises ConfigError with the nearest field name.
+    `teacher.arch_args.KEY=value` reaches into the free dictionary; `student.moe.router=PRESET` replaces that branch, and later
+    words refine it. Raises ConfigError with the nearest field name.
     """
     tree = to_dict(config)
     known = set(field_paths())
@@ -450,13 +440,15 @@ def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
         if not sep:
             raise ConfigError(f"--set {text!r}: expected key=value, for example m2mkd.lr=1e-3")
         free = path.startswith("teacher.arch_args.") and path.count(".") == 2
-        if path not in known and not free:
+        if path not in known and not free and path != _ROUTER_BRANCH:
             raise ConfigError(f"--set {path}: no such field{_nearest(path)}")
         node = tree
         *parents, leaf = path.split(".")
         for part in parents:
             node = node[part]
         node[leaf] = _parse_value(raw, path)
+        if path == _ROUTER_BRANCH:
+            node[leaf] = _router_tree(node[leaf])
         if isinstance(node[leaf], bool) and not free:
             switches.append(path)
     built = from_dict(tree, where="--set")
@@ -464,6 +456,17 @@ def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
         if not isinstance(attrgetter(path)(built), bool):  # pydantic takes `true` for the number 1
             raise ConfigError(f"--set {path}: expected a number or text, and true or false was given")
     return built
+
+
+_ROUTER_BRANCH = "student.moe.router"
+"""The branch that takes the name of a preset."""
+
+
+def _router_tree(name: Any) -> dict[str, Any]:
+    try:
+        return dataclasses.asdict(router_preset(name, _ROUTER_BRANCH))
+    except ValueError as err:
+        raise ConfigError(f"--set {err}") from None
 
 
 class _YamlReader(yaml.SafeLoader):

@@ -128,13 +128,15 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append `record` (must hold `step`); scalars also go to TensorBoard when attached."""
+        """Append `record` (must hold `step`); numbers also go to TensorBoard when attached, a list as `name/0`, `name/1`, ..."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is not None:
             for key, value in record.items():
-                if isinstance(value, (int, float)) and key != "step":
-                    self._board.add_scalar(key, value, record["step"])
+                named = {f"{key}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {key: value}
+                for name, number in named.items():
+                    if isinstance(number, (int, float)) and key != "step":
+                        self._board.add_scalar(name, number, record["step"])
 
     def close(self) -> None:
         """Flush to disk and close."""

@@ -71,10 +71,16 @@ def _summary(arch: VMoEArch, card: Mapping[str, Any]) -> str:
     return (
         f"A Vision Mixture-of-Experts (V-MoE) image classifier with {arch.num_classes} classes{data}, trained by module-to-module "
         f"knowledge distillation (m2mKD, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})): {arch.num_blocks} blocks of width "
-        f"{arch.embed_dim}, {len(arch.moe_blocks)} of them with {arch.num_experts} experts, {arch.router.top_k} used a token; "
+        f"{arch.embed_dim}, {len(arch.moe_blocks)} of them with {arch.num_experts} experts, {_experts_a_token(arch)}; "
         f"{total:,} parameters, {active:,} active a token; images of {arch.image_size} x {arch.image_size} pixels, patches of "
         f"{arch.patch_size}."
     )
+
+
+def _experts_a_token(arch: VMoEArch) -> str:
+    if arch.router.kind == "expert_choice":
+        return f"which choose their tokens, {arch.router.capacity_factor:g} experts a token on the average"
+    return f"{arch.router.top_k} used a token"
 
 
 def _text(value: Any) -> str:

@@ -1,6 +1,7 @@
 """A trained V-MoE -> a Hugging Face folder that anybody loads with transformers alone, and back.
 
-    config.json, preprocessor_config.json, model*.safetensors, configuration_vmoe.py, modeling_vmoe.py, README.md, manifest.json
+    config.json, preprocessor_config.json, model*.safetensors, configuration_vmoe.py, modeling_vmoe.py, routing_vmoe.py, README.md,
+    manifest.json
 
 Weights keep their canonical names: the folder's model is a VisionMoE written with torch and transformers only (hf_template/).
 The folder is written beside its place and renamed, and holds no date, so that the same input gives the same bytes.
@@ -36,7 +37,7 @@ __all__ = ["Exported", "check_export", "class_names_of", "export_hf", "load_expo
 
 MODEL_TYPE = "m2mkd_vmoe"
 MANIFEST = "manifest.json"
-CODE_FILES = ("configuration_vmoe.py", "modeling_vmoe.py")
+CODE_FILES = ("configuration_vmoe.py", "modeling_vmoe.py", "routing_vmoe.py")
 _DTYPES = {"fp32": ("float32", torch.float32), "bf16": ("bfloat16", torch.bfloat16), "fp16": ("float16", torch.float16)}
 _RESAMPLE: dict[Literal["bilinear", "bicubic"], int] = {"bilinear": 2, "bicubic": 3}  # PIL's numbers, which image processors store
 _BACKEND = {"auto": "auto", "grouped": "grouped", "reference": "loop"}  # ours -> the template's; all others become its `auto`
@@ -119,13 +120,15 @@ def verify_manifest(folder: Path) -> None:
 
 def check_exportable(arch: VMoEArch) -> None:
     """Raises ValueError for an architecture that the template's model cannot compute."""
-    if arch.moe_blocks and arch.activation != "gelu":
-        raise ValueError(f"student.moe.activation is {arch.activation!r}; the Hugging Face export allows gelu, leave out the node `export`")
+    if arch.moe_blocks and arch.router.kind in ("balanced", "zipf"):
+        raise ValueError(
+            f"student.moe.router.kind is {arch.router.kind!r}, a benchmark's router that ignores its tokens; a model to export needs topk, "
+            "noisy_topk or expert_choice"
+        )
 
 
 def model_config(arch: VMoEArch, stitches: Sequence[StitchSpec], class_names: Sequence[str], dtype: str) -> dict[str, Any]:
-    """config.json; its fields are documented in hf_template/configuration_vmoe.py. Raises ValueError (`check_exportable`)."""
-    check_exportable(arch)
+    """config.json; its fields are documented in hf_template/configuration_vmoe.py."""
     return {
         "architectures": ["VMoEForImageClassification"],
         "auto_map": {
@@ -133,6 +136,7 @@ def model_config(arch: VMoEArch, stitches: Sequence[StitchSpec], class_names: Se
             "AutoModelForImageClassification": "modeling_vmoe.VMoEForImageClassification",
         },
         "dtype": _DTYPES[dtype][0],
+        "expert_activation": arch.activation,
         "expert_backend": _BACKEND.get(arch.backend, "auto"),
         "hidden_size": arch.embed_dim,
         "id2label": {str(i): name for i, name in enumerate(class_names)},
@@ -169,6 +173,7 @@ def arch_from_config_json(config: Mapping[str, Any]) -> tuple[VMoEArch, tuple[St
             num_experts=config["num_experts"],
             router=RouterConfig(**{f.name: config[f"router_{f.name}"] for f in dataclasses.fields(RouterConfig)}),
             backend=backends[config["expert_backend"]],
+            activation=config["expert_activation"],
         )
         return arch, tuple(StitchSpec(**s) for s in config["stitches"] or ())
     except KeyError as err:
@@ -227,6 +232,7 @@ def _check_fit(
 ) -> None:
     if dtype not in _DTYPES:
         raise ValueError(f"export dtype is {dtype!r}; allowed is one of {list(_DTYPES)}")
+    check_exportable(arch)
     if len(class_names) != arch.num_classes:
         raise ValueError(f"{len(class_names)} class names were given and the model has {arch.num_classes} classes; set export.class_names")
     if data.image_size != arch.image_size:

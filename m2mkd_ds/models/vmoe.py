@@ -311,7 +311,8 @@ def _check_stitches(arch: VMoEArch, span: StageSpan, stitches: Sequence[StitchSp
 
 
 def init_weights_(model: nn.Module, seed: int) -> None:
-    """Fill every parameter in place; each gets its own generator seeded by (seed, name), so order and span do not matter.
+    """Fill every parameter in place; each gets its own generator seeded by (seed, name), so order and span do not matter. Buffers
+    (the routers' balance biases) become zero.
 
     As timm's ViT: truncated normal (std 0.02) for matrices and positions, ones for norms, zero biases, class token almost
     zero, patch convolution uniform in +-1/sqrt(fan_in).
@@ -321,6 +322,8 @@ def init_weights_(model: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         with torch.no_grad():
             _fill(name, p, generator)
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 def _fill(name: str, p: Tensor, generator: torch.Generator) -> None:
@@ -338,13 +341,17 @@ def _fill(name: str, p: Tensor, generator: torch.Generator) -> None:
 
 
 def parameter_shapes(arch: VMoEArch, span: StageSpan, *, stitches: Sequence[StitchSpec] = ()) -> dict[str, torch.Size]:
-    """Canonical names and shapes of a VisionMoE, without memory for the weights."""
-    return {name: p.shape for name, p in VisionMoE(arch, span, stitches=stitches, seed=None).named_parameters()}
+    """Canonical names and shapes of all tensors of a VisionMoE (a router's balance bias too), without memory for the weights."""
+    return {name: t.shape for name, t in VisionMoE(arch, span, stitches=stitches, seed=None).state_dict().items()}
 
 
 def count_parameters(arch: VMoEArch, *, stitches: Sequence[StitchSpec] = ()) -> tuple[int, int]:
-    """(all parameters, parameters that one token uses: top_k of the num_experts experts of each MoE block)."""
-    sizes = {name: shape.numel() for name, shape in parameter_shapes(arch, StageSpan.whole(arch.num_blocks), stitches=stitches).items()}
+    """(all parameters, parameters that one token uses: top_k of the num_experts experts of each MoE block; with expert choice
+    capacity_factor of them, on the average)."""
+    model = VisionMoE(arch, StageSpan.whole(arch.num_blocks), stitches=stitches, seed=None)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     experts = sum(n for name, n in sizes.items() if ".moe.experts." in name)
     total = sum(sizes.values())
-    return total, total - experts + experts * arch.router.top_k // arch.num_experts
+    router = arch.router
+    used = min(router.capacity_factor, arch.num_experts) if router.kind == "expert_choice" else router.top_k
+    return total, total - experts + int(experts * used / arch.num_experts)

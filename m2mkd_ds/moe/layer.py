@@ -9,11 +9,12 @@ from m2mkd_ds.config import RouterConfig
 from m2mkd_ds.moe.backends import Activation
 from m2mkd_ds.moe.dispatch import make_plan
 from m2mkd_ds.moe.experts import Experts
-from m2mkd_ds.moe.routing import Routing, TopKRouter
+from m2mkd_ds.moe.routers import make_router
+from m2mkd_ds.moe.routing import Routing
 
 
 class MoELayer(nn.Module):
-    """E experts of width `hidden` behind a top-k router; state-dict keys `router.*` and `experts.*`."""
+    """E experts of width `hidden` behind a router; state-dict keys `router.*` and `experts.*`."""
 
     def __init__(
         self,
@@ -27,7 +28,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.router = TopKRouter(dim, num_experts, router, generator)
+        self.router = make_router(dim, num_experts, router, generator)
         self.experts = Experts(dim, hidden, num_experts, backend, activation, generator)
 
     def forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing]:

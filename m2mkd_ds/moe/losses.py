@@ -1,21 +1,39 @@
 """Auxiliary router losses as pure functions; unweighted scalars, differentiable in the router's probabilities or logits.
 
-All are finite (zero) for T = 0, so that a rank with no token does not poison the sum. Shape letters: T tokens, E experts.
+All are finite (zero) for T = 0, so that a rank with no token does not poison the sum.
+Shape letters: T tokens, E experts, K experts a token.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def importance_loss(probs_TE: Tensor) -> Tensor:
-    """Squared coefficient of variation of each expert's summed softmax probability (V-MoE, arXiv 2106.05974, appendix A).
+    """Squared coefficient of variation of each expert's summed softmax probability (V-MoE, arXiv 2106.05974, appendix A.2).
 
     CV^2 = population variance / mean^2; 0 when balanced, E - 1 when one expert gets everything.
     """
-    importance_E = probs_TE.sum(dim=0)
-    # The mean is T/E, far above the clamp for any T >= 1; the clamp only turns 0/0 into 0 for T = 0.
-    return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-12)
+    return _squared_cv(probs_TE.sum(dim=0))
+
+
+def load_loss(logits_TE: Tensor, noisy_TE: Tensor, expert_ids_TK: Tensor, std: float) -> Tensor:
+    """Squared coefficient of variation of each expert's mean probability of being chosen (V-MoE, appendix A.2).
+
+    p = P(logit + new noise >= threshold) = 1 - Phi((threshold - logit) / std), where the threshold of a token is its K-th largest
+    noisy logit and `logits_TE` are those without noise. `expert_ids_TK` are the chosen experts, the K-th best last. The gradient flows
+    through logit and threshold.
+    """
+    thresholds_T1 = noisy_TE.gather(1, expert_ids_TK[:, -1:])
+    probs_TE = torch.special.ndtr((logits_TE - thresholds_T1) / std)  # = 1 - Phi(-x), without its cancellation
+    return _squared_cv(probs_TE.sum(dim=0) / max(logits_TE.shape[0], 1))
+
+
+def _squared_cv(values_E: Tensor) -> Tensor:
+    """Population variance over mean^2."""
+    # Means here are far above the clamp for any T >= 1; the clamp only turns 0/0 into 0 for T = 0.
+    return values_E.var(correction=0) / values_E.mean().square().clamp_min(1e-12)
 
 
 def switch_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:

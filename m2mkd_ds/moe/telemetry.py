@@ -10,7 +10,7 @@ from m2mkd_ds.moe.routing import RoutingStats
 
 
 def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
-    """Statistics of one layer over several batches (or ranks): sums, token-weighted entropy, largest logit.
+    """Statistics of one layer over several batches (or ranks): sums, means weighted by the number of choices, largest logit.
 
     Raises ValueError for an empty sequence.
     """
@@ -18,26 +18,31 @@ def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
         raise ValueError("merge_stats: no statistics to merge")
     load_E = torch.stack([p.load_E for p in parts]).sum(dim=0)
     importance_E = torch.stack([p.importance_E for p in parts]).sum(dim=0)
-    # The number of rows stands for the number of tokens: every token has the same K.
-    rows_P = torch.stack([p.load_E.sum() for p in parts]).float()
-    entropy = (torch.stack([p.entropy for p in parts]) * rows_P).sum() / rows_P.sum().clamp_min(1)
-    return RoutingStats(load_E, importance_E, entropy, torch.stack([p.max_logit for p in parts]).max())
+    # The number of choices stands for the number of tokens: every token has the same K (expert choice: up to the rounding of C).
+    choices_P = torch.stack([p.load_E.sum() for p in parts]).float()
+    shares_P = choices_P / choices_P.sum().clamp_min(1)
+    entropy, drop_rate, uncovered = (
+        (torch.stack([getattr(p, name) for p in parts]) * shares_P).sum() for name in ("entropy", "drop_rate", "uncovered")
+    )
+    return RoutingStats(load_E, importance_E, entropy, torch.stack([p.max_logit for p in parts]).max(), drop_rate, uncovered)
 
 
 def summarise(stats: Mapping[int, RoutingStats]) -> dict[str, float | list[float]]:
-    """Metrics per block number: `moe/{block}/load` (share of rows an expert got, sums to 1), `entropy` (nats), `dead`
-    (experts that got no row) and `max_over_mean` (1 is balanced, E is collapsed)."""
+    """Metrics per block number: `moe/{block}/load` (share of the choices an expert got, before drops; sums to 1), `dead` (experts
+    that nobody chose), `max_over_mean` (1 is balanced, E is collapsed), `entropy` (nats), `drop_rate` (share of the choices dropped
+    for capacity) and `uncovered` (share of the tokens without any expert)."""
     metrics: dict[str, float | list[float]] = {}
     for block, s in sorted(stats.items()):
         counts = [int(n) for n in s.load_E.tolist()]
         total = max(sum(counts), 1)
         metrics |= load_metrics(block, [n / total for n in counts])
-        metrics[f"moe/{block}/entropy"] = float(s.entropy)
+        for name in ("entropy", "drop_rate", "uncovered"):
+            metrics[f"moe/{block}/{name}"] = float(getattr(s, name))
     return metrics
 
 
 def load_metrics(block: int, load_E: list[float]) -> dict[str, float | list[float]]:
-    """What follows from the shares of the rows that the experts of one block got."""
+    """What follows from the shares of the choices that the experts of one block got."""
     return {
         f"moe/{block}/load": load_E,
         f"moe/{block}/dead": float(load_E.count(0.0)),

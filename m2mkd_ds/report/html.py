@@ -9,6 +9,7 @@ from importlib import resources
 
 from m2mkd_ds.report import summary, table
 from m2mkd_ds.report.collect import RunFacts
+from m2mkd_ds.report.summary import ROUTER_TEXT
 
 
 def render_html(facts: RunFacts, figures: Mapping[str, str]) -> str:
@@ -22,7 +23,7 @@ def render_html(facts: RunFacts, figures: Mapping[str, str]) -> str:
         _section("Student against baseline", "Both have seen as many training steps.", _image(figures, "race", "accuracy over steps")),
         _phases(facts, figures),
         _section("Expert load", summary.caption_of_load(), _image(figures, "load", "expert load by block")),
-        _section("Routing during training", "", _image(figures, "router", "routing entropy and busiest expert by block")),
+        _section("Routing during training", summary.caption_of_routing(), _image(figures, "router", ROUTER_TEXT)),
         _times(facts),
         _config(facts),
     ]

@@ -25,7 +25,8 @@ def render_markdown(facts: RunFacts, figures: Mapping[str, str]) -> str:
             blocks += _image(figures, f"distillation_{phase}", f"loss terms of {phase}")
     load = _image(figures, "load", "expert load by block")
     blocks += _titled("Expert load", [summary.caption_of_load(), *load] if load else [])
-    blocks += _titled("Routing during training", _image(figures, "router", "routing entropy and busiest expert by block"))
+    routing = _image(figures, "router", summary.ROUTER_TEXT)
+    blocks += _titled("Routing during training", [summary.caption_of_routing(), *routing] if routing else [])
     if facts.nodes:
         blocks += ["## Time", _table(summary.TIME_COLUMNS, summary.time_rows(facts.nodes))]
     lines = [*summary.config_rows(facts), *facts.versions.items()]

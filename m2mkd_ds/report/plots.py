@@ -49,12 +49,13 @@ MAX_POINTS = 400
 """Points a drawn line has at most; longer records are averaged in equal groups, so a file stays small after weeks of training."""
 
 
-def _canvas(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Sequence[Axes]]:
+def _canvas(width: float, height: float, columns: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, Sequence[Axes]]:
+    """An empty figure and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
-    return figure, list(axes)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
 
 
 def _svg(figure: Figure) -> str:
@@ -237,8 +238,17 @@ def load_matrix(loads: Any) -> dict[str, list[float]]:
     }
 
 
+ROUTER_PANELS = {
+    "entropy": "routing entropy, nats",
+    "max_over_mean": "busiest expert / even share",
+    "dead": "dead experts",
+    "drop_rate": "dropped choices, share",
+}
+"""Metric of a MoE block -> title of its panel."""
+
+
 def router_figure(curves: Mapping[str, Sequence[Curve]]) -> str | None:
-    """Routing entropy and largest expert share over training, a line a MoE block, of the assembled student; None without any."""
+    """Routing over training, a panel a metric and a line a MoE block, of the assembled student; None without any."""
     from matplotlib import rc_context
 
     phase = next((name for name in ("end_to_end", "m2mkd") if curves.get(name)), None)
@@ -254,14 +264,15 @@ def router_figure(curves: Mapping[str, Sequence[Curve]]) -> str | None:
     if not found:
         return None
     with rc_context(STYLE):
-        figure, (left, right) = _canvas(8.6, 2.6, 2)
-        for position, block in enumerate(sorted(found)):
-            colour = _shade(position, len(found))
-            left.plot(*thin(*found[block].series(f"moe/{block}/entropy")), color=colour, label=f"block {block}")
-            right.plot(*thin(*found[block].series(f"moe/{block}/max_over_mean")), color=colour)
-        left.set(title="routing entropy, nats", xlabel=f"step of {phase}")
-        right.set(title="busiest expert / even share", xlabel=f"step of {phase}")
-        left.legend(ncols=2 if len(found) > 4 else 1, fontsize=7.5)
+        figure, panels = _canvas(8.6, 4.6, 2, rows=2)
+        for panel, (metric, title) in zip(panels, ROUTER_PANELS.items(), strict=True):
+            for position, block in enumerate(sorted(found)):
+                line = thin(*found[block].series(f"moe/{block}/{metric}"))
+                panel.plot(*line, color=_shade(position, len(found)), label=f"block {block}")
+            panel.set(title=title, xlabel=f"step of {phase}")
+        panels[0].legend(ncols=2 if len(found) > 4 else 1, fontsize=7.5)
+        for panel in panels[2:]:
+            panel.set_ylim(bottom=0.0)
         return _svg(figure)
 
 

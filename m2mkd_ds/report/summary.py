@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
+from m2mkd_ds.config import RouterConfig
 from m2mkd_ds.logs import format_seconds
 from m2mkd_ds.report.collect import NodeFacts, RunFacts, is_number
 from m2mkd_ds.report.table import DASH, percent
 
 TIME_COLUMNS = ("node", "wall time", "steps", "images", "images / s", "finished")
+
+ROUTER_TEXT = "routing entropy, busiest expert, dead experts and drop rate by block"
+"""The router figure in words."""
 
 PHASE_TITLES = {
     "pretrain_meta": "Meta model, trained on labels",
@@ -88,17 +92,44 @@ def config_rows(facts: RunFacts) -> list[tuple[str, str]]:
         ("meta model", f"stages of {list(config.meta.depths)} blocks, the teacher's width"),
         ("student", f"width {config.student.embed_dim}, {config.student.num_heads} heads, patch {config.student.patch_size}, "
                     f"stages of {list(config.student.depths)} blocks"),
-        ("experts", f"{moe.num_experts} in {blocks[moe.placement]}, top-{router.top_k}, softmax {router.softmax} top-k, "
-                    f"backend {moe.backend}"),
-        ("router losses", f"Switch {router.switch_weight:g}, importance {router.importance_weight:g}, z {router.z_weight:g}"),
+        ("experts", f"{moe.num_experts} in {blocks[moe.placement]}, {moe.activation}, backend {moe.backend}"),
+        ("router", describe_router(router)),
+        ("router losses", f"Switch {router.switch_weight:g}, importance {router.importance_weight:g}, load {router.load_weight:g}, "
+                          f"z {router.z_weight:g}"),
         ("distillation", f"{distill.kd_type}, weight {distill.kd_weight:g}, temperature {distill.temperature:g}, {distill.kd_reduction}"),
         ("stitch layers", "kept after assembly" if config.student.keep_stitches else "dropped at assembly"),
         ("seed", str(config.seed)),
     ]  # fmt: skip
 
 
+def describe_router(router: RouterConfig) -> str:
+    """`topk, top-2, softmax after top-k, dropless` and what else is not at its default."""
+    parts: list[str] = [router.kind]
+    if router.kind != "expert_choice":
+        parts += [f"top-{router.top_k}", f"softmax {router.softmax} top-k"]
+    if router.kind == "noisy_topk":
+        parts.append(f"noise {router.noise:g} / experts")
+    factors = {"training": router.capacity_factor, "evaluation": router.eval_capacity_factor}
+    bounds = [f"capacity factor {factor:g} in {mode}" for mode, factor in factors.items() if factor]
+    parts += bounds or ["dropless"]
+    if bounds and router.capacity_priority == "batch":
+        parts.append("surest tokens first")
+    if router.balance_rate:
+        parts.append(f"loss-free balancing at rate {router.balance_rate:g}")
+    return ", ".join(parts)
+
+
 def caption_of_load() -> str:
     """How to read the heat map."""
     return (
-        "Rows sent to each expert on the validation images, as a multiple of the even share: 1 is balance, 0 is an expert that nobody uses."
+        "Choices of each expert on the validation images, as a multiple of the even share: 1 is balance, 0 is an expert that nobody "
+        "chooses."
+    )
+
+
+def caption_of_routing() -> str:
+    """How to read the curves of the routers."""
+    return (
+        "A dead expert is chosen by no token of the step's last micro-batch on any rank. Dropped choices are those that an expert had no "
+        "room for; a router without capacity drops none."
     )

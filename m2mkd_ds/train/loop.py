@@ -24,8 +24,10 @@ from m2mkd_ds.data.plan import positions
 from m2mkd_ds.distributed.engine import Engine
 from m2mkd_ds.distributed.world import World, all_reduce_sum, barrier, broadcast_object
 from m2mkd_ds.logs import MetricsWriter, Progress, logger
+from m2mkd_ds.moe.routers import LinearRouter
 from m2mkd_ds.moe.telemetry import load_metrics
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
+from m2mkd_ds.train.balance import Loads, add_loads, balance_routers, biased_routers
 from m2mkd_ds.train.evaluate import Score
 from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
 from m2mkd_ds.train.steps import StepOutput
@@ -56,6 +58,11 @@ class Trainee:
     metrics: MetricsWriter | None = None
     pending: dict[str, Any] = field(default_factory=dict)
     """Metrics of the current step, written at its end."""
+    routers: dict[int, LinearRouter] = field(init=False)
+    """Routers with a balance bias by block, which the loop moves after every step; none without balance_rate."""
+
+    def __post_init__(self) -> None:
+        self.routers = biased_routers(self.engine.module)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
     phase, world = job.phase, job.world
     lr = _learning_rate(job, step)
     losses: list[tuple[str, range, Tensor]] = []
+    loads: dict[str, Loads] = {trainee.name: {} for trainee in active if trainee.routers}
     for micro_step in range(phase.gradient_accumulation_steps):
         last = micro_step + 1 == phase.gradient_accumulation_steps
         slots = positions(
@@ -151,12 +159,16 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
             trainee.pending = dict(output.metrics) if log and last else {}
             trainee.engine.backward(output.loss)
             losses.append((trainee.name, slots, output.loss.detach()))
+            if trainee.routers:
+                loads[trainee.name] = add_loads(loads[trainee.name], output.load)
         if last:
             _stop_if_not_finite(losses, step, world)
         for trainee in active:
             grad_norm = trainee.engine.step(lr)
             if last:
                 _after_optimizer_step(trainee, step, grad_norm)
+    if loads:
+        balance_routers([(trainee.routers, loads[trainee.name]) for trainee in active if trainee.name in loads])
 
 
 def mean_over_ranks(metrics: dict[str, Any], world: World) -> dict[str, Any]:

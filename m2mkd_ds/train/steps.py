@@ -8,7 +8,7 @@ pair         modular_train, m2mkd                                        the los
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class StepOutput:
 
     loss: Tensor
     metrics: dict[str, Any]
+    load: dict[int, Tensor] = field(default_factory=dict)
+    """Choices of each expert by block, int64 [E], at every step: what loss-free balancing counts. Never read on the host here."""
 
 
 def unpack(output: Tensor | list[Tensor] | VMoEOutput) -> tuple[Tensor, Mapping[str, Tensor], Mapping[int, Any]]:
@@ -55,7 +57,7 @@ def supervised_step(forward: Forward, batch: TeacherBatch, *, log: bool) -> Step
     task = soft_cross_entropy(logits_BV, batch.targets_BV)
     loss = task + router_total(router_losses, task)
     metrics = {**_numbers(loss=loss, task=task), **_router_metrics(router_losses, stats)} if log else {}
-    return StepOutput(loss, metrics)
+    return StepOutput(loss, metrics, _loads(stats))
 
 
 def pair_step(
@@ -68,10 +70,11 @@ def pair_step(
     losses = pair_loss(logits_BV, teacher_BV, batch.targets_BV, config)
     loss = losses.total + router_total(router_losses, losses.total)
     if not log:
-        return StepOutput(loss, {})
+        return StepOutput(loss, {}, _loads(stats))
     terms = {"loss": loss, "task": losses.task} | ({"kd": losses.kd} if losses.kd is not None else {})
     metrics = {**_numbers(**terms), **_router_metrics(router_losses, stats)}
-    return StepOutput(loss, {**metrics, **logit_gradient_norms(logits_BV, teacher_BV, batch.targets_BV, config)})
+    norms = logit_gradient_norms(logits_BV, teacher_BV, batch.targets_BV, config)
+    return StepOutput(loss, {**metrics, **norms}, _loads(stats))
 
 
 def aligned_step(
@@ -97,6 +100,10 @@ def aligned_step(
 
 def _numbers(**terms: Tensor) -> dict[str, float]:
     return {name: float(term.detach()) for name, term in terms.items()}  # host sync
+
+
+def _loads(stats: Mapping[int, Any]) -> dict[int, Tensor]:
+    return {block: layer.load_E for block, layer in stats.items()}
 
 
 def _router_metrics(losses: Mapping[str, Tensor], stats: Mapping[int, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from m2mkd_ds.checkpoint import hf_export
 from m2mkd_ds.checkpoint.atomic import StoreError
 from m2mkd_ds.checkpoint.hf_export import check_export, class_names_of, export_hf, load_exported, parse_size
-from m2mkd_ds.config import DataConfig, RouterConfig
+from m2mkd_ds.config import ROUTER_PRESETS, DataConfig, RouterConfig
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, VMoEArch
 
@@ -45,6 +45,8 @@ def make_model(arch: VMoEArch = ARCH, stitches: tuple[StitchSpec, ...] = ()) -> 
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=g) * 0.2)
+        for buffer in model.buffers():  # the routers' balance biases, large enough to move choices
+            buffer.add_(torch.randn(buffer.shape, generator=g) * 0.2)
     return model
 
 
@@ -121,6 +123,98 @@ def test_every_arch_keeps_its_bits(change: dict[str, Any], tmp_path: Path, auto:
     assert loaded.arch == model.arch
 
 
+ROUTERS = {
+    "vmoe": ROUTER_PRESETS["vmoe"],  # noise in training only, and room for everybody in evaluation
+    "noisy, tight": dataclasses.replace(ROUTER_PRESETS["vmoe"], eval_capacity_factor=0.5),
+    "switch": dataclasses.replace(ROUTER_PRESETS["switch"], eval_capacity_factor=0.7, capacity_multiple=2),
+    "order": RouterConfig(top_k=3, eval_capacity_factor=0.6),
+    "batch": RouterConfig(top_k=3, eval_capacity_factor=0.6, capacity_priority="batch"),
+    "loss free": ROUTER_PRESETS["loss_free"],
+    "loss free, after, batch": RouterConfig(balance_rate=0.1, eval_capacity_factor=0.8, capacity_priority="batch"),
+    "expert choice": dataclasses.replace(ROUTER_PRESETS["expert_choice"], capacity_factor=1.3),
+    "expert choice, eval": dataclasses.replace(ROUTER_PRESETS["expert_choice"], eval_capacity_factor=0.4, bias=True),
+    "expert choice, all": dataclasses.replace(ROUTER_PRESETS["expert_choice"], capacity_factor=9.0),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_keeps_its_bits(name: str, tmp_path: Path, auto: Any) -> None:
+    model = make_model(dataclasses.replace(ARCH, router=ROUTERS[name], backend="reference"))
+    folder = export(model, tmp_path / "out")
+    want = logits(model)
+    assert torch.equal(logits(auto(folder)), want)
+    assert torch.equal(logits(auto(folder, expert_backend="grouped")), want)
+    loaded = load_exported(folder)
+    assert loaded.arch == model.arch and set(loaded.tensors) == set(model.state_dict())
+    # Each setting matters: the same weights behind the plain router give something else.
+    plain = dataclasses.replace(ARCH, router=RouterConfig(bias=model.arch.router.bias), backend="reference")
+    other = VisionMoE(plain, StageSpan.whole(4), seed=None).eval()
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "balance_bias" not in k}, assign=True)
+    assert not torch.equal(logits(other), want)
+
+
+def test_swiglu_experts_keep_their_bits(tmp_path: Path, auto: Any) -> None:
+    for place, backend in (("a", "reference"), ("b", "grouped")):
+        model = make_model(dataclasses.replace(ARCH, activation="swiglu", backend=backend))
+        assert model.state_dict()["blocks.0.moe.experts.up_proj"].shape == (4, 128, 32)  # gate and value, 64 each
+        folder = export(model, tmp_path / place)
+        assert torch.equal(logits(auto(folder)), logits(model))
+        assert load_exported(folder).arch == model.arch
+    with pytest.raises(ValueError, match="expert_activation is 'relu'; allowed is gelu or swiglu"):
+        auto(folder, expert_activation="relu")
+
+
+@pytest.mark.parametrize("kind", ["balanced", "zipf"])
+def test_a_benchmark_router_is_not_exported(kind: Any, tmp_path: Path) -> None:
+    model = make_model(dataclasses.replace(ARCH, router=RouterConfig(kind=kind)))
+    with pytest.raises(ValueError, match=rf"student.moe.router.kind is '{kind}', a benchmark's router.*needs topk, noisy_topk or"):
+        export(model, tmp_path / "out")
+
+
+def test_balance_bias_stays_fp32_in_a_bf16_export(tmp_path: Path, auto: Any) -> None:
+    model = make_model(dataclasses.replace(ARCH, router=ROUTER_PRESETS["loss_free"]))
+    exported = auto(export(model, tmp_path / "out", dtype="bf16"))
+    for loaded in (exported, exported.to(torch.bfloat16)):
+        bias_E = loaded.blocks[1].moe.router.balance_bias
+        assert bias_E.dtype == torch.float32
+        assert torch.equal(bias_E, model.state_dict()["blocks.1.moe.router.balance_bias"])
+
+
+class Poison(torch.autograd.Function):
+    """Rows beyond the last offset hold NaN, forward and backward, as torch's grouped matmul may leave them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, end: Tensor) -> Tensor:
+        ctx.end = int(end)
+        return torch.cat([rows[: ctx.end], torch.full_like(rows[ctx.end :], float("nan"))])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.cat([grads[0][: ctx.end], torch.full_like(grads[0][ctx.end :], float("nan"))]), None
+
+
+def test_gradients_of_a_tight_capacity_are_those_of_the_training_code(tmp_path: Path, auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.nn.functional.grouped_mm
+
+    def poisoned(rows: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        return Poison.apply(plain(Poison.apply(rows, offs[-1]).nan_to_num(), weight, offs=offs), offs[-1])
+
+    router = dataclasses.replace(ROUTER_PRESETS["switch"], capacity_factor=0.6)
+    model = make_model(dataclasses.replace(ARCH, router=router, backend="reference")).train()
+    labels = torch.tensor([0, 4, 2])
+    out = model(IMAGES)
+    assert all(0 < float(stats.drop_rate) < 1 for stats in out.stats.values())
+    (torch.nn.functional.cross_entropy(out.output, labels) + sum(out.router_losses.values())).backward()
+    for backend in ("loop", "grouped", "poisoned"):
+        if backend == "poisoned":
+            monkeypatch.setattr(torch.nn.functional, "grouped_mm", poisoned)
+        exported = auto(export(model, tmp_path / backend), expert_backend="loop" if backend == "loop" else "grouped").train()
+        exported(IMAGES, labels=labels).loss.backward()
+        theirs = dict(exported.named_parameters())
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(theirs[name].grad, p.grad, rtol=1e-4, atol=1e-6, msg=f"{backend} {name}")
+
+
 def test_all_expert_paths_give_the_same_bits_and_unknown_ones_are_refused(tmp_path: Path, auto: Any) -> None:
     model = make_model()
     folder = export(model, tmp_path / "out")
@@ -150,10 +244,22 @@ def test_loss_in_training_mode_has_the_router_losses(tmp_path: Path, auto: Any) 
         torch.testing.assert_close(theirs[name].grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_loss_of_vmoes_router_in_training_mode_has_noise_and_load_loss(tmp_path: Path, auto: Any) -> None:
+    model = make_model(dataclasses.replace(ARCH, router=ROUTER_PRESETS["vmoe"], backend="reference")).train()
+    exported = auto(export(model, tmp_path / "out")).train()
+    labels = torch.tensor([0, 4, 2])
+    torch.manual_seed(7)  # both draw the noise of block after block
+    out = model(IMAGES)
+    assert set(out.router_losses) == {"importance", "load"}
+    task = torch.nn.functional.cross_entropy(out.output, labels)
+    torch.manual_seed(7)
+    torch.testing.assert_close(exported(IMAGES, labels=labels).loss, task + sum(out.router_losses.values()))
+
+
 def test_save_pretrained_round_trip(tmp_path: Path, auto: Any) -> None:
     model = make_model(stitches=STITCHES)
     auto(export(model, tmp_path / "out")).save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "modeling_vmoe.py").is_file()
+    assert all((tmp_path / "again" / name).is_file() for name in hf_export.CODE_FILES)
     from transformers import AutoModelForImageClassification
 
     second, info = AutoModelForImageClassification.from_pretrained(tmp_path / "again", trust_remote_code=True, output_loading_info=True)
@@ -364,7 +470,7 @@ def test_the_model_card_is_read_by_the_hubs_own_parser(tmp_path: Path) -> None:
 
 def test_the_shipped_code_imports_torch_and_transformers_only() -> None:
     folder = Path(hf_export.__file__).parent / "hf_template"
-    allowed = {"torch", "transformers", "typing", "configuration_vmoe"}
+    allowed = {"torch", "transformers", "typing", "math", "configuration_vmoe", "routing_vmoe"}
     for name in hf_export.CODE_FILES:
         for node in ast.walk(ast.parse((folder / name).read_text())):
             found = (

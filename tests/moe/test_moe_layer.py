@@ -104,21 +104,27 @@ def test_experts_start_different_from_each_other() -> None:
     assert not layer.experts.up_proj_bias.any() and not layer.experts.down_proj_bias.any()
 
 
-def stats(load: list[int], entropy: float, max_logit: float) -> RoutingStats:
-    return RoutingStats(torch.tensor(load), torch.tensor(load).float() / 2, torch.tensor(entropy), torch.tensor(max_logit))
+def stats(load: list[int], entropy: float, max_logit: float, drop_rate: float, uncovered: float) -> RoutingStats:
+    numbers = (torch.tensor(x) for x in (entropy, max_logit, drop_rate, uncovered))
+    return RoutingStats(torch.tensor(load), torch.tensor(load).float() / 2, *numbers)
 
 
 def test_metrics_by_hand() -> None:
-    # 20 rows over 4 experts: shares .5 .4 .1 0; one dead; largest over mean = 10 / 5.
-    metrics = summarise({3: stats([10, 8, 2, 0], 1.25, 7.0)})
-    assert metrics == {"moe/3/load": [0.5, 0.4, 0.1, 0.0], "moe/3/entropy": 1.25, "moe/3/dead": 1.0, "moe/3/max_over_mean": 2.0}
+    # 20 choices over 4 experts: shares .5 .4 .1 0; one dead; largest over mean = 10 / 5.
+    metrics = summarise({3: stats([10, 8, 2, 0], 1.25, 7.0, 0.25, 0.125)})
+    assert metrics == {
+        "moe/3/load": [0.5, 0.4, 0.1, 0.0], "moe/3/dead": 1.0, "moe/3/max_over_mean": 2.0, "moe/3/entropy": 1.25,
+        "moe/3/drop_rate": 0.25, "moe/3/uncovered": 0.125,
+    }  # fmt: skip
 
 
-def test_merging_weighs_entropy_by_tokens() -> None:
-    merged = merge_stats([stats([3, 1], 1.0, 2.0), stats([0, 12], 0.2, 5.0)])
+def test_merging_weighs_means_by_choices() -> None:
+    merged = merge_stats([stats([3, 1], 1.0, 2.0, 0.5, 0.0), stats([0, 12], 0.2, 5.0, 0.25, 1.0)])
     assert merged.load_E.tolist() == [3, 13] and merged.load_E.dtype == torch.int64
     assert merged.importance_E.tolist() == [1.5, 6.5]
     assert float(merged.entropy) == pytest.approx((4 * 1.0 + 12 * 0.2) / 16)
+    assert float(merged.drop_rate) == pytest.approx((4 * 0.5 + 12 * 0.25) / 16)  # 2 + 3 dropped of 16
+    assert float(merged.uncovered) == pytest.approx(12 / 16)
     assert float(merged.max_logit) == 5.0
     with pytest.raises(ValueError, match="no statistics"):
         merge_stats([])

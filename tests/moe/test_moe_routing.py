@@ -10,17 +10,9 @@ from torch import Tensor
 
 from m2mkd_ds.config import RouterConfig
 from m2mkd_ds.moe.losses import importance_loss, switch_loss, z_loss
-from m2mkd_ds.moe.routing import TopKRouter, top_k_ids
-
-
-def identity_router(num_experts: int, **config: object) -> TopKRouter:
-    """A router whose logits are its input plus its bias, so that a test writes logits down directly."""
-    settings = {"top_k": 2, "switch_weight": 0.0, **config}
-    router = TopKRouter(num_experts, num_experts, RouterConfig(**settings))  # type: ignore[arg-type]
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(num_experts))
-    return router
-
+from m2mkd_ds.moe.routers.topk import TopKRouter
+from m2mkd_ds.moe.routing import top_k_ids
+from tests.moe.router_oracle import identity_router
 
 # exp(logits) = 1, 2, 3, 4, sum 10: softmax = .1, .2, .3, .4
 LOGITS_TE = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()[None]
@@ -135,7 +127,7 @@ def test_gradients_pass_through_the_weights_and_all_losses(softmax: str) -> None
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"router.top_k is 5; allowed is 1 to num_experts = 4"):
         TopKRouter(8, 4, RouterConfig(top_k=5))
-    with pytest.raises(ValueError, match="router.softmax is 'never'"):
+    with pytest.raises(ValueError, match="router.softmax is 'never'; allowed is `before` or `after`"):
         TopKRouter(8, 4, RouterConfig(softmax="never"))  # type: ignore[arg-type]
 
 

@@ -73,6 +73,8 @@ def metrics(phase: str, pair: int, steps: int) -> list[dict[str, Any]]:
                 record[f"moe/{block}/load"] = [value / sum(load) for value in load]
                 record[f"moe/{block}/entropy"] = 2.0 - 0.1 * block - 0.5 * step / steps
                 record[f"moe/{block}/dead"] = 0.0
+                record[f"moe/{block}/drop_rate"] = 0.05 + 0.01 * block
+                record[f"moe/{block}/uncovered"] = 0.01
                 record[f"moe/{block}/max_over_mean"] = 1.3 + 0.1 * block
         if step % 80 == 0:
             record["eval/top1"] = 0.9 * (1 - math.exp(-4 * step / steps)) - 0.02 * pair

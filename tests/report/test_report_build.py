@@ -16,7 +16,7 @@ from m2mkd_ds.report import build_report
 from m2mkd_ds.report.collect import Curve, collect
 from m2mkd_ds.report.html import render_html
 from m2mkd_ds.report.markdown import plain, render_markdown
-from m2mkd_ds.report.plots import load_matrix, thin
+from m2mkd_ds.report.plots import load_matrix, router_figure, thin
 
 FIGURES = {
     "accuracy", "race", "load", "router", "distillation_m2mkd",
@@ -56,6 +56,25 @@ def test_a_finished_run_gives_every_part(run_dir: Path) -> None:
     assert report["results"]["models"]["student"]["top1"] == 0.8841
     markdown = (path.parent / "report.md").read_text()
     assert {name.removesuffix(".svg") for name in re.findall(r"\]\((\w+\.svg)\)", markdown)} == FIGURES
+
+
+def test_the_routers_settings_and_drops_are_told(run_dir: Path) -> None:
+    config = (run_dir / "config.yaml").read_text()
+    changed = config.replace("capacity_factor: 0.0", "capacity_factor: 1.25", 1).replace("balance_rate: 0.0", "balance_rate: 0.001")
+    (run_dir / "config.yaml").write_text(changed)
+    page = Page(build_report(run_dir).read_text())
+    for text in ("topk, top-2, softmax after top-k, capacity factor 1.25 in training, loss-free balancing at rate 0.001", "no room for"):
+        assert text in page.text
+
+
+def test_metrics_from_before_drops_were_recorded_still_draw(run_dir: Path) -> None:
+    file = run_dir / "end_to_end" / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    old = [{k: v for k, v in record.items() if not k.endswith(("/drop_rate", "/uncovered"))} for record in records]
+    with_drops = router_figure(collect(run_dir).curves)
+    file.write_text("".join(json.dumps(record) + "\n" for record in old))
+    without = router_figure(collect(run_dir).curves)
+    assert with_drops is not None and without is not None and len(without) < len(with_drops)  # the panel's lines are gone
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(run_dir: Path) -> None:

@@ -164,7 +164,19 @@ def test_the_result_is_the_moving_average_when_one_is_kept(out: Path) -> None:
             assert torch.equal(group["tensors"]["ema"][row], result[name].flatten()), name
             moved = max(moved, float((group["tensors"]["master"][row] - result[name].flatten()).abs().max()))
             seen += 1
-    assert seen == len(result) and moved > 1e-4  # the raw weights are others
+    buffers = sum("balance_bias" in name for name in result)  # not averaged
+    assert buffers == 4 and seen == len(result) - buffers and moved > 1e-4  # the raw weights are others
+
+
+@pytest.mark.parametrize("run", ["one", "two_end_to_end", "one_bf16_end_to_end"])
+def test_balance_biases_took_a_step_of_the_rate_at_every_optimizer_step(out: Path, run: str) -> None:
+    result = load_file(out / run / "end_to_end" / "weights.safetensors")
+    biases = {name: value for name, value in result.items() if "balance_bias" in name}
+    assert sorted(biases) == [f"blocks.{i}.moe.router.balance_bias" for i in range(4)]
+    for value in biases.values():
+        # Four steps of m2mkd, four of end_to_end, each up, down, or (at the exact mean) not at all.
+        assert float(value.abs().max()) <= 0.008 + 1e-6 and bool(value.any())
+        torch.testing.assert_close(value / 0.001, (value / 0.001).round(), rtol=0, atol=1e-3)
 
 
 def test_a_node_whose_pairs_were_all_trained_before_still_records_its_steps(out: Path) -> None:

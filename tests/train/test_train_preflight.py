@@ -45,7 +45,7 @@ def test_a_good_run_passes(tmp_path: Path, digits_shards: Path) -> None:
         ("modular_train.ep_size=2", "^modular_train.ep_size is 2, but the model of this phase has no experts"),
         ("m2mkd.ep_size=4", "^m2mkd.ep_size is 4 and the job has 2 ranks"),
         ("student.embed_dim=30 student.mlp_ratio=1.1 student.moe.backend=grouped", "m2mkd: .*grouped"),
-        ("student.moe.activation=swiglu", "swiglu.*export allows gelu"),
+        ("student.moe.router.kind=zipf", "kind is 'zipf', a benchmark's router"),
     ],
 )
 def test_what_is_wrong_in_a_later_phase_is_said_at_once(tmp_path: Path, digits_shards: Path, override: str, message: str) -> None:

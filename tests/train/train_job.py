@@ -46,7 +46,9 @@ def small_config(out: Path, name: str, world_size: int) -> RunConfig:
     augment = AugmentConfig(crop_scale=(0.5, 1.0), hflip=0.5, mixup=0.8, cutmix=1.0, random_erase=0.25, label_smoothing=0.1)
     data = replace(base.data, augment=augment, train=str(out / "shards" / "train"), validation=str(out / "shards" / "validation"))
     teacher = replace(base.teacher, arch_args={"patch_size": 4, "embed_dim": 32, "depth": 5, "num_heads": 2}, depths=(2, 1, 2))
-    student = replace(base.student, embed_dim=16, depths=(1, 2, 1))
+    # With loss-free balancing, so that its biases are among the weights that all arrangements must agree on.
+    router = replace(base.student.moe.router, balance_rate=0.001)
+    student = replace(base.student, embed_dim=16, depths=(1, 2, 1), moe=replace(base.student.moe, router=router))
     return replace(
         base, run_dir=str(out / name), data=data, teacher=teacher, meta=replace(base.meta, depths=(1, 2, 1)), student=student,
         pretrain_meta=phase, modular_train=phase, assemble_finetune=replace(phase, ds_config="zero1"), m2mkd=phase,

@@ -3,7 +3,7 @@
     pixel_values -> patches + class token + positions -> blocks (attention, then experts or a dense MLP) -> norm -> head
 
 Trained by module-to-module distillation (m2mKD, arXiv 2402.16918). Names of weights are those of the training code.
-Shape letters: B images, L tokens an image, T = B*L tokens, D width, F expert hidden width, E experts, K experts a token, R = T*K rows.
+Shape letters: B images, L tokens an image, T = B*L tokens, D width, F expert hidden width, E experts, K experts a token, R <= T*K rows.
 """
 
 import torch
@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .configuration_vmoe import VMoEConfig
+from .routing_vmoe import VMoERouter
 
 
 class VMoEPatchEmbed(nn.Module):
@@ -56,93 +57,74 @@ class VMoEMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_BLD)))
 
 
-class VMoERouter(nn.Linear):
-    """Chooses K experts a token. Computes in float32: in bfloat16 logits tie and tokens change their experts."""
-
-    def __init__(self, config: VMoEConfig) -> None:
-        super().__init__(config.hidden_size, config.num_experts, bias=config.router_bias)
-        self.config = config
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """-> expert ids [T, K], combine weights [T, K], weighted sum of the balancing losses (0 if none is on)."""
-        config = self.config
-        with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            bias = None if self.bias is None else self.bias.to(dtype)
-            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype), bias)
-            probs_TE = logits_TE.softmax(dim=-1)
-            # A stable sort, not topk: equal logits go to the lower expert on every device.
-            ids_TK = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, : config.router_top_k].contiguous()
-            if config.router_softmax == "after":
-                weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
-            else:
-                weights_TK = probs_TE.gather(1, ids_TK)
-                if config.router_renormalize:
-                    weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-            return ids_TK, weights_TK, self._losses(logits_TE, probs_TE, ids_TK)
-
-    def _losses(self, logits_TE: Tensor, probs_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        config = self.config
-        loss = logits_TE.new_zeros(())
-        if not self.training:
-            return loss
-        if config.router_importance_weight:
-            importance_E = probs_TE.sum(dim=0)
-            loss = loss + config.router_importance_weight * importance_E.var(correction=0) / importance_E.mean().square()
-        if config.router_switch_weight:
-            chosen_E = (ids_TK[..., None] == torch.arange(config.num_experts, device=ids_TK.device)).sum(dim=(0, 1))
-            balance = (chosen_E.to(probs_TE.dtype) / ids_TK.numel() * probs_TE.mean(dim=0)).sum()
-            loss = loss + config.router_switch_weight * config.num_experts * balance
-        if config.router_z_weight:
-            loss = loss + config.router_z_weight * logits_TE.logsumexp(dim=-1).square().mean()
-        return loss
-
-
 class VMoEExperts(nn.Module):
-    """E two-layer networks with exact GELU, stacked [E, out, in]; no token is dropped."""
+    """E two-layer networks, stacked [E, out, in]: exact GELU, or SwiGLU with the gate in the first half of up_proj."""
 
     def __init__(self, config: VMoEConfig) -> None:
         super().__init__()
         e, d = config.num_experts, config.hidden_size
         hidden = int(d * config.mlp_ratio)
+        if config.expert_activation not in ("gelu", "swiglu"):
+            raise ValueError(f"expert_activation is {config.expert_activation!r}; allowed is gelu or swiglu")
+        self.activation = config.expert_activation
         self.backend = config.expert_backend
-        self.up_proj = nn.Parameter(torch.empty(e, hidden, d))
-        self.up_proj_bias = nn.Parameter(torch.empty(e, hidden))
+        up_width = 2 * hidden if self.activation == "swiglu" else hidden
+        self.up_proj = nn.Parameter(torch.empty(e, up_width, d))
+        self.up_proj_bias = nn.Parameter(torch.empty(e, up_width))
         self.down_proj = nn.Parameter(torch.empty(e, d, hidden))
         self.down_proj_bias = nn.Parameter(torch.empty(e, d))
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, max_rows: int | None) -> Tensor:
+        """Weighted sum of each token's experts; id E stands for no expert, and at most `max_rows` ids are less (None: all are)."""
         device_type = x_TD.device.type
         autocast = torch.is_autocast_enabled(device_type)  # torch's grouped matmul does not see autocast
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.up_proj.dtype
         # 1. Rows in the order of their experts. 2. Both layers. 3. Back to tokens, weighted, choice 0 first.
-        sorted_R, order_R = ids_TK.reshape(-1).sort(stable=True)
-        ends_E = torch.searchsorted(sorted_R, torch.arange(self.up_proj.shape[0], device=sorted_R.device), right=True)
+        num_experts = self.up_proj.shape[0]
+        sorted_N, order_N = ids_TK.reshape(-1).sort(stable=True)
+        ends_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=sorted_N.device), right=True)
+        experts_R, order_R = sorted_N[:max_rows].clamp(max=num_experts - 1), order_N[:max_rows]
+        # Rows at the end may be nobody's.
+        owned_R1 = None if max_rows is None else torch.arange(len(order_R), device=order_R.device)[:, None] < ends_E[-1]
+        layout = (experts_R, ends_E, owned_R1, self._use_grouped(dtype))
         rows = x_TD.to(dtype).index_select(0, order_R // ids_TK.shape[1])
-        grouped = self._use_grouped(dtype)
-        rows = F.gelu(self._linear(rows, self.up_proj.to(dtype), self.up_proj_bias.to(dtype), sorted_R, ends_E, grouped))
-        rows = self._linear(rows, self.down_proj.to(dtype), self.down_proj_bias.to(dtype), sorted_R, ends_E, grouped)
-        rows_TKD = rows.index_select(0, order_R.argsort()).view(*ids_TK.shape, x_TD.shape[1])
+        rows = self._activate(self._linear(rows, self.up_proj.to(dtype), self.up_proj_bias.to(dtype), *layout))
+        rows = self._linear(rows, self.down_proj.to(dtype), self.down_proj_bias.to(dtype), *layout)
+        kept_TK, rows_TK = ids_TK < num_experts, order_N.argsort().view_as(ids_TK)
+        rows_TKD = rows.index_select(0, torch.where(kept_TK, rows_TK, 0).reshape(-1)).view(*ids_TK.shape, x_TD.shape[1])
+        rows_TKD = torch.where(kept_TK[..., None], rows_TKD, 0)
         total_TD = rows_TKD[:, 0] * weights_TK[:, 0, None]
         for k in range(1, ids_TK.shape[1]):
             total_TD = total_TD + rows_TKD[:, k] * weights_TK[:, k, None]
         return total_TD.to(dtype)
 
+    def _activate(self, up: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            return F.gelu(up)
+        gate, value = up.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
     @staticmethod
-    def _linear(rows: Tensor, weight: Tensor, bias: Tensor, expert_of_row: Tensor, ends: Tensor, grouped: bool) -> Tensor:
-        """Each row times its expert's weight^T, plus its expert's bias."""
-        if grouped:
-            return _grouped_mm()(rows, weight.transpose(-2, -1), offs=ends.to(torch.int32)) + bias[expert_of_row]
-        stops = ends.tolist()
-        pieces = zip([0, *stops[:-1]], stops, weight.unbind(0), bias.unbind(0), strict=True)
-        return torch.cat([rows[start:stop] @ w.t() + b for start, stop, w, b in pieces])
+    def _linear(
+        rows: Tensor, weight: Tensor, bias: Tensor, experts_R: Tensor, ends: Tensor, owned_R1: Tensor | None, grouped: bool
+    ) -> Tensor:
+        """Each row times its expert's weight^T, plus its expert's bias; zero for nobody's rows."""
+        if not grouped:
+            stops = ends.tolist()
+            pieces = zip([0, *stops[:-1]], stops, weight.unbind(0), bias.unbind(0), strict=True)
+            owned = torch.cat([rows[start:stop] @ w.t() + b for start, stop, w, b in pieces])
+            return F.pad(owned, (0, 0, 0, len(rows) - stops[-1]))
+        # The operator leaves nobody's rows uninitialised, forward and backward: masks on both sides keep NaN out.
+        rows = rows if owned_R1 is None else torch.where(owned_R1, rows, 0)
+        out = _grouped_mm()(rows, weight.transpose(-2, -1), offs=ends.to(torch.int32)) + bias[experts_R]
+        return out if owned_R1 is None else torch.where(owned_R1, out, 0)
 
     def _use_grouped(self, dtype: torch.dtype) -> bool:
         if self.backend not in ("auto", "grouped", "loop"):
             raise ValueError(f"expert_backend is {self.backend!r}; allowed is auto, grouped or loop")
         if self.backend == "loop":
             return False
-        _, hidden, d = self.up_proj.shape
+        _, d, hidden = self.down_proj.shape
         multiple = 16 // dtype.itemsize  # every stride must be a multiple of 16 bytes
         device = self.up_proj.device
         able = (
@@ -172,8 +154,8 @@ class VMoELayer(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        ids_TK, weights_TK, loss = self.router(x_TD)
-        return self.experts(x_TD, ids_TK, weights_TK).view(x_BLD.shape), loss
+        ids_TK, weights_TK, max_rows, loss = self.router(x_TD)
+        return self.experts(x_TD, ids_TK, weights_TK, max_rows).view(x_BLD.shape), loss
 
 
 class VMoEBlock(nn.Module):
@@ -247,6 +229,8 @@ class VMoEForImageClassification(PreTrainedModel):
                 init.trunc_normal_(weight, std=std)
             for bias in (module.up_proj_bias, module.down_proj_bias):
                 init.zeros_(bias)
+        elif isinstance(module, VMoERouter) and module.balance_bias is not None:
+            init.zeros_(module.balance_bias)
         elif isinstance(module, VMoEForImageClassification):
             init.normal_(module.cls_token, std=1e-6)
             init.trunc_normal_(module.pos_embed, std=std)
