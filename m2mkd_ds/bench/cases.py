@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from m2mkd_ds.bench.workload import Workload
-from m2mkd_ds.moe.backends import BACKENDS, Backend, ExpertWeights
+from m2mkd_ds.moe.backends import BACKENDS, Activation, Backend, ExpertWeights
 from m2mkd_ds.moe.backends.contract import activate
 
 
@@ -58,10 +60,10 @@ def ffn_cases(work: Workload, names: Sequence[str]) -> list[Case | Absent]:
     from m2mkd_ds.distributed.external import deepspeed_triton
 
     makers: dict[str, Callable[[], Case | Absent]] = {
-        "gemm": lambda: _gemm(work),
+        "gemm": lambda: gemm_case(work),
         "dense": lambda: _dense_rows(work),
-        **{name: (lambda name=name: _backend_rows(work, name, BACKENDS[name])) for name in BACKENDS},
-        "deepspeed_triton": lambda: _backend_rows(work, "deepspeed_triton", deepspeed_triton),
+        **{name: partial(_backend_rows, work, name, backend) for name, backend in BACKENDS.items()},
+        "deepspeed_triton": lambda: _backend_rows(work, "deepspeed_triton", cast(Backend, deepspeed_triton)),
     }
     return [makers[name]() for name in names if name in makers]
 
@@ -74,7 +76,22 @@ def why_not(backend: Backend, work: Workload) -> str:
 
 def computed_rows(backend_name: str, work: Workload) -> int:
     """Rows that a backend's matmuls run over: `padded` pads every expert to the busiest, the others run over no padding."""
-    return len(work.load_E) * max(work.load_E) if backend_name == "padded" else sum(work.load_E)
+    return len(work.load) * max(work.load) if backend_name == "padded" else sum(work.load)
+
+
+def gemm_case(work: Workload) -> Case:
+    """The two dense matmuls of one expert over all R rows."""
+    leaf_RD, w = work.rows_RD.detach().clone().requires_grad_(), _one_expert(work)
+    # swiglu's two maps are one matmul here, of which the first half goes on.
+    return Case(
+        "gemm",
+        lambda: Ran((leaf_RD @ w.up_EGD[0].T)[:, : w.hidden] @ w.down_EDF[0].T),
+        lambda y: y.backward(work.grad_RD),
+        [leaf_RD, w.up_EGD, w.down_EDF],
+        kept_rows=leaf_RD.shape[0],
+        computed_rows=leaf_RD.shape[0],
+        note="the dense matmuls alone, no bias, no activation: what the hardware gives at this shape",
+    )
 
 
 def _backend_rows(work: Workload, name: str, backend: Backend) -> Case | Absent:
@@ -99,10 +116,16 @@ def _backend_rows(work: Workload, name: str, backend: Backend) -> Case | Absent:
     )
 
 
+def stack(tensors: Sequence[Tensor], activation: Activation) -> ExpertWeights:
+    """The four tensors, in the order of ExpertWeights."""
+    up_EGD, up_bias_EG, down_EDF, down_bias_ED = tensors
+    return ExpertWeights(up_EGD, up_bias_EG, down_EDF, down_bias_ED, activation)
+
+
 def _one_expert(work: Workload) -> ExpertWeights:
     """Expert 0 as a stack of one, with leaves of its own."""
     w = work.expert_weights
-    return ExpertWeights(*(t[:1].detach().clone().requires_grad_() for t in w[:4]), w.activation)
+    return stack([t[:1].detach().clone().requires_grad_() for t in w[:4]], w.activation)
 
 
 def _dense_rows(work: Workload) -> Case:
@@ -119,20 +142,6 @@ def dense_case(peer: str, leaf: Tensor, w: ExpertWeights, grad: Tensor, kept_row
         return Ran(torch.nn.functional.linear(activate(up, w.activation), w.down_EDF[0], w.down_bias_ED[0]))
 
     return Case(peer, forward, lambda y: y.backward(grad), [leaf, *w[:4]], kept_rows, kept_rows, note)
-
-
-def _gemm(work: Workload) -> Case:
-    leaf_RD, w = work.rows_RD.detach().clone().requires_grad_(), _one_expert(work)
-    # swiglu's two maps are one matmul here, of which the first half goes on.
-    return Case(
-        "gemm",
-        lambda: Ran((leaf_RD @ w.up_EGD[0].T)[:, : w.hidden] @ w.down_EDF[0].T),
-        lambda y: y.backward(work.grad_RD),
-        [leaf_RD, w.up_EGD, w.down_EDF],
-        kept_rows=leaf_RD.shape[0],
-        computed_rows=leaf_RD.shape[0],
-        note="the dense matmuls alone, no bias, no activation: what the hardware gives at this shape",
-    )
 
 
 def grad_of(tensor: Tensor) -> Tensor:

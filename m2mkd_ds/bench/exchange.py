@@ -33,7 +33,7 @@ def exchange_case(work: Workload, world: World) -> Case | Absent:
         return Absent(PEER, "one rank has nobody to exchange with; start by `deepspeed --num_gpus N --module m2mkd_ds bench experts ...`")
     if work.options.experts % world.size:
         return Absent(PEER, f"--experts {work.options.experts} do not divide over {world.size} ranks")
-    splits = make_splits(work.load_E, world)
+    splits = make_splits(work.load, world)
     leaf_RD = work.rows_RD.detach().clone().requires_grad_()
     back = Splits(splits.receive, splits.send)
     return Case(
@@ -59,10 +59,10 @@ def make_splits(load_E: list[int], world: World) -> Splits:
 
 def bytes_of(work: Workload, world: World) -> tuple[int, int]:
     """(bytes that this rank brings into one exchange, those of them that leave it)."""
-    share = len(work.load_E) // world.size
+    share = len(work.load) // world.size
     row_bytes = work.options.dim * work.rows_RD.element_size()
-    kept = sum(work.load_E[world.rank * share : (world.rank + 1) * share])
-    return sum(work.load_E) * row_bytes, (sum(work.load_E) - kept) * row_bytes
+    kept = sum(work.load[world.rank * share : (world.rank + 1) * share])
+    return sum(work.load) * row_bytes, (sum(work.load) - kept) * row_bytes
 
 
 class _Exchange(torch.autograd.Function):

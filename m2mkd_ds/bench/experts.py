@@ -1,6 +1,6 @@
 """`m2mkd bench experts`: every level, routing and peer that was asked for, in one process a rank. Returns text, writes files.
 
-    options -> workload -> cases -> one pass each (memory, error, warm-up) -> timed rounds in turn -> rows -> table, JSON, plot
+options -> workload -> cases -> one pass each (memory, error, warm-up) -> timed rounds in turn -> rows -> table, JSON, plot
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from m2mkd_ds.logs import Progress, logger
 from m2mkd_ds.moe.backends import BACKENDS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WEIGHTS: dict[Level, float] = {"layer": 10.0, "ffn": 4.0, "a2a": 0.5, "step": 2.0}
+WEIGHTS: dict[Level, float] = {"layer": 10.0, "ffn": 4.0, "a2a": 0.5, "step": 5.0}
 """Shares of the time that is left, by level."""
 ROUTING_TOLERANCE = 1e-3
 """Share of rows that a peer's gate may route otherwise with `router`, where two logits can tie but for rounding; else none may."""
@@ -97,8 +97,9 @@ class _Bench:
 
     def run(self) -> list[Row]:
         o = self.options
-        groups = [_Group(level, routing) for routing in o.routing for level in o.levels if level != "step"]
-        groups += [_Group("step", "router")] if "step" in o.levels else []
+        # By routing, so that one workload at a time is in memory.
+        groups = [_Group(level, routing) for routing in o.routing for level in o.levels if level != "step" and routing in o.routings(level)]
+        groups += [_Group("step", routing) for routing in o.routings("step") if "step" in o.levels]
         rows: list[Row] = []
         started = time.perf_counter()
         work: Workload | None = None
@@ -166,7 +167,7 @@ class _Bench:
 
     def _row(self, group: _Group, ready: _Ready, times: Samples, work: Workload | None) -> Row:
         o, case = self.options, ready.case
-        load = work.load_E if work is not None and group.level != "step" else []
+        load = work.load if work is not None and group.level != "step" else []
         tokens = images_for(o.tokens).tokens if group.level == "step" else o.tokens
         local = Local(
             times.forward_ms,
@@ -192,27 +193,24 @@ class _Bench:
         both = self._all_ranks(exchange.bytes_of(work, self.world))
         brought, leaving = (max(values) for values in zip(*both, strict=True))
         one_exchange_s = row.total_ms.median / 1e3 / 4  # there and back, forward and backward
-        return replace(
-            row, exchanged_bytes=brought, algbw_gb_s=brought / one_exchange_s / 1e9, busbw_gb_s=leaving / one_exchange_s / 1e9
-        )
+        return replace(row, exchanged_bytes=brought, algbw_gb_s=brought / one_exchange_s / 1e9, busbw_gb_s=leaving / one_exchange_s / 1e9)
 
     def _all_ranks(self, value: Any) -> list[Any]:
         return gather_object(value) if self.world.size > 1 else [value]
 
     def _finish(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows with their shares of `dense`, `gemm` and the parts."""
-        gemm = {row.routing: row.useful_tflops for row in rows if row.peer == "gemm" and row.useful_tflops}
+        """Rows with their shares of `dense` and `gemm`, and what the parts of our layer take."""
         own = [name for name, backend in BACKENDS.items() if not hasattr(backend, "run_layer")]
         finished: list[Row] = []
         for level, routing in dict.fromkeys((row.level, row.routing) for row in rows):
             group = [row for row in rows if (row.level, row.routing) == (level, routing)]
-            finished += with_shares(group, gemm, own)
+            finished += with_shares(group, own)
         return finished
 
 
 def _check_load(peer: str, load_E: list[int], work: Workload) -> None:
     """Peers are compared on the same routing or not at all. Raises RuntimeError when a gate chose otherwise."""
-    wanted_E = work.load_E
+    wanted_E = work.load
     differing = sum(abs(a - b) for a, b in zip(load_E, wanted_E, strict=True)) / max(sum(wanted_E), 1)
     allowed = ROUTING_TOLERANCE if work.routing == "router" else 0.0
     if differing > allowed:

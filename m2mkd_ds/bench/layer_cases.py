@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from m2mkd_ds.bench.cases import Absent, Case, Ran, computed_rows, dense_case, grad_of, why_not
+from m2mkd_ds.bench.cases import Absent, Case, Ran, computed_rows, dense_case, gemm_case, grad_of, stack, why_not
 from m2mkd_ds.bench.workload import Workload
-from m2mkd_ds.moe.backends import BACKENDS, ExpertWeights
+from m2mkd_ds.moe.backends import BACKENDS
 from m2mkd_ds.moe.dispatch import combine, make_plan, permute
 
-PARTS = ("part:router", "part:dispatch", "part:combine")
-"""What our layer does besides the experts' compute, each timed alone."""
+if TYPE_CHECKING:
+    from m2mkd_ds.distributed.external.deepspeed_moe import DeepSpeedMoE
+    from m2mkd_ds.distributed.external.tutel import TutelMoE
 
 
 def layer_cases(work: Workload, names: Sequence[str]) -> list[Case | Absent]:
     """Cases of the named peers that have one at this level, then the parts of our layer."""
     makers: dict[str, Callable[[], Case | Absent]] = {
+        "gemm": lambda: gemm_case(work),
         "dense": lambda: _dense_tokens(work),
-        **{name: (lambda name=name: _ours(work, name)) for name in BACKENDS},
+        **{name: partial(_ours, work, name) for name in BACKENDS},
         "deepspeed": lambda: _deepspeed(work, None),
         "deepspeed_capacity": lambda: _deepspeed(work, 1.0),
         "tutel": lambda: _tutel(work),
@@ -36,7 +40,7 @@ def _dense_tokens(work: Workload) -> Case:
     generator = torch.Generator().manual_seed(o.seed)
     shapes = ((1, up_width, o.dim), (1, up_width), (1, o.dim, hidden), (1, o.dim))
     tensors = [(torch.randn(s, generator=generator) * 0.02).to(x.device, x.dtype).requires_grad_() for s in shapes]
-    w = ExpertWeights(*tensors, o.activation)
+    w = stack(tensors, o.activation)
     note = f"one dense network of hidden width {hidden}: equal FLOPs, no routing; the upper bound"
     return dense_case("dense", x.detach().clone().requires_grad_(), w, work.grad_TD, o.tokens * o.top_k, note)
 
@@ -60,7 +64,7 @@ def _ours(work: Workload, name: str) -> Case | Absent:
         forward,
         lambda y: y.backward(work.grad_TD),
         [leaf_TD, *layer.parameters()],
-        kept_rows=sum(work.load_E),
+        kept_rows=sum(work.load),
         computed_rows=computed_rows(name, work),
         gradients=gradients,
     )
@@ -73,11 +77,13 @@ def _deepspeed(work: Workload, capacity_factor: float | None) -> Case | Absent:
     if work.options.activation != "gelu":
         return Absent(peer, "its experts stand here with gelu only")
     layer = DeepSpeedMoE(work.shape, capacity_factor=capacity_factor).to(work.x_TD.device, work.x_TD.dtype)
-    capacity = layer.capacity(work.options.tokens, max(work.load_E))
+    capacity = layer.capacity(work.options.tokens, max(work.load))
     if capacity_factor is None:
         note = f"stock DeepSpeed MoE with drop_tokens=False, to do the same work: every expert padded to {capacity} rows"
     else:
-        note = f"stock DeepSpeed MoE with its default capacity_factor=1.0: {capacity} rows an expert, the rest is dropped (not the same work)"
+        note = (
+            f"stock DeepSpeed MoE with its default capacity_factor=1.0: {capacity} rows an expert, the rest is dropped (not the same work)"
+        )
     return _foreign(work, peer, layer, capacity, note)
 
 
@@ -92,15 +98,15 @@ def _tutel(work: Workload) -> Case | Absent:
     if reason:
         return Absent("tutel", reason)
     layer = tutel.TutelMoE(work.shape).to(work.x_TD.device, work.x_TD.dtype)
-    capacity = layer.capacity(work.options.tokens, max(work.load_E))
+    capacity = layer.capacity(work.options.tokens, max(work.load))
     return _foreign(work, "tutel", layer, capacity, f"dropless by padding: every expert padded to {capacity} rows")
 
 
-def _foreign(work: Workload, peer: str, layer: nn.Module, capacity: int, note: str) -> Case:
+def _foreign(work: Workload, peer: str, layer: DeepSpeedMoE | TutelMoE, capacity: int, note: str) -> Case:
     """A peer's whole layer with the weights of ours."""
     layer.load_canonical(work.layer.state_dict())
     leaf_TD = work.x_TD.detach().clone().requires_grad_()
-    kept_rows = sum(min(n, capacity) for n in work.load_E)
+    kept_rows = sum(min(n, capacity) for n in work.load)
 
     def forward() -> Ran:
         y_BLD, _, load_E = layer(leaf_TD[None])
@@ -117,7 +123,7 @@ def _foreign(work: Workload, peer: str, layer: nn.Module, capacity: int, note: s
         kept_rows,
         computed_rows=capacity * work.options.experts,
         note=note,
-        gradients=gradients if kept_rows == sum(work.load_E) else None,  # what drops tokens computes something else
+        gradients=gradients if kept_rows == sum(work.load) else None,  # what drops tokens computes something else
     )
 
 
@@ -146,8 +152,8 @@ def _scattermoe(work: Workload) -> Case | Absent:
         forward,
         lambda y: y.backward(work.grad_TD),
         [leaf_TD, router.weight, *experts.parameters()],
-        kept_rows=sum(work.load_E),
-        computed_rows=sum(work.load_E),
+        kept_rows=sum(work.load),
+        computed_rows=sum(work.load),
         note="ScatterMoE's experts behind our router",
         gradients=gradients,
     )
@@ -155,17 +161,31 @@ def _scattermoe(work: Workload) -> Case | Absent:
 
 def _parts(work: Workload) -> list[Case | Absent]:
     """Router, dispatch and combine of our layer, each alone on the same numbers."""
-    num_rows = sum(work.load_E)
-    x_TD = work.x_TD.detach().clone().requires_grad_()
-    rows_RD = work.rows_RD.detach().clone().requires_grad_()
-    weights_TK = work.weights_TK.detach().clone().requires_grad_()
-    ids_TK, router = work.expert_ids_TK, work.layer.router
-    grad_TK = torch.ones_like(weights_TK)
-    return [
-        Case("part:router", lambda: Ran(router(x_TD).weights_TK), lambda y: y.backward(grad_TK.to(y.dtype)), [x_TD, router.weight], num_rows,
-             num_rows),
-        Case("part:dispatch", lambda: Ran(permute(x_TD, make_plan(ids_TK, work.options.experts))), lambda y: y.backward(work.grad_RD), [x_TD],
-             num_rows, num_rows),
-        Case("part:combine", lambda: Ran(combine(rows_RD, weights_TK, work.plan)), lambda y: y.backward(work.grad_TD), [rows_RD, weights_TK],
-             num_rows, num_rows),
-    ]  # fmt: skip
+    num_rows, ids_TK, router = sum(work.load), work.expert_ids_TK, work.layer.router
+    x_TD, rows_RD, weights_TK = (t.detach().clone().requires_grad_() for t in (work.x_TD, work.rows_RD, work.weights_TK))
+    grad_TK = torch.randn(weights_TK.shape, generator=torch.Generator().manual_seed(0)).to(weights_TK)
+    router_case = Case(
+        "part:router",
+        lambda: Ran(router(x_TD).weights_TK),
+        lambda y: y.backward(grad_TK.to(y.dtype)),
+        [x_TD, router.weight],
+        num_rows,
+        num_rows,
+    )
+    dispatch_case = Case(
+        "part:dispatch",
+        lambda: Ran(permute(x_TD, make_plan(ids_TK, work.options.experts))),
+        lambda y: y.backward(work.grad_RD),
+        [x_TD],
+        num_rows,
+        num_rows,
+    )
+    combine_case = Case(
+        "part:combine",
+        lambda: Ran(combine(rows_RD, weights_TK, work.plan)),
+        lambda y: y.backward(work.grad_TD),
+        [rows_RD, weights_TK],
+        num_rows,
+        num_rows,
+    )
+    return [router_case, dispatch_case, combine_case]

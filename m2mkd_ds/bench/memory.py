@@ -11,6 +11,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def _cuda_run(case: Case, device: torch.device) -> tuple[Ran, Memory]:
 def _cpu_run(case: Case) -> tuple[Ran, Memory]:
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when the profiler first starts; it would tell of every start on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the profiler first starts; it would tell of every start on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         ran = case.forward()
         with record_function(_FORWARD_ENDS):
@@ -68,7 +69,7 @@ def _cpu_run(case: Case) -> tuple[Ran, Memory]:
     return ran, Memory(peak, max(after_forward - _output_bytes(ran), 0))
 
 
-def account(events: list[dict]) -> tuple[int, int]:
+def account(events: list[dict[str, Any]]) -> tuple[int, int]:
     """(largest running total of allocated bytes, running total at the mark) of a profiler's trace events."""
     mark = next(event["ts"] for event in events if event.get("name") == _FORWARD_ENDS)
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]

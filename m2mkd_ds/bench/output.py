@@ -22,7 +22,7 @@ SCHEMA = "m2mkd bench experts 1"
 def render(result: dict[str, Any], rows: Sequence[Row]) -> str:
     """Tables for a terminal, one for every level and routing."""
     box = io.StringIO()
-    console = Console(file=box, width=190, force_terminal=False)
+    console = Console(file=box, width=240, force_terminal=False)  # tables take what they need
     console.print(headline(result))
     for level, routing, group in grouped(rows):
         columns = _columns(group)
@@ -81,7 +81,9 @@ def to_markdown(result: dict[str, Any], rows: Sequence[Row], picture: str) -> st
         for row in group:
             cells = [cell(row) for _, cell in columns] if row.available else [row.peer, "not available", *[""] * (len(columns) - 2)]
             lines.append("| " + " | ".join(cells) + " |")
-        notes = [f"- {row.peer}: {row.note if row.available else 'not available: ' + row.reason}" for row in group if row.note or row.reason]
+        notes = [
+            f"- {row.peer}: {row.note if row.available else 'not available: ' + row.reason}" for row in group if row.note or row.reason
+        ]
         lines += ["", *notes, ""] if notes else [""]
     return "\n".join(lines)
 
@@ -120,10 +122,10 @@ def _columns(group: Sequence[Row]) -> list[Column]:
         ("peer", lambda row: row.peer),
         ("fwd ms", lambda row: _spread(row.forward_ms)),
         ("bwd ms", lambda row: _spread(row.backward_ms)),
-        ("fwd+bwd ms", lambda row: _spread(row.total_ms)),
+        ("both ms", lambda row: _spread(row.total_ms)),
         ("tokens/s", lambda row: _number(row.tokens_per_s, ".0f")),
         ("rows/s", lambda row: _number(row.rows_per_s, ".0f")),
-        ("TFLOP/s", lambda row: _number(row.useful_tflops, ".4g")),
+        ("TFLOP/s", lambda row: _number(row.useful_tflops, ".3g")),
         ("% dense", lambda row: _number(row.percent_of_dense, ".0f")),
         ("% gemm", lambda row: _number(row.percent_of_gemm, ".0f")),
         ("padding", lambda row: _number(row.padding_ratio, ".2f")),
@@ -149,4 +151,8 @@ def _mebibytes(value: int | None) -> str:
 
 
 def _spread(value: Spread | None) -> str:
-    return "" if value is None else f"{value.median:.4g} ({value.p10:.4g}-{value.p90:.4g})"
+    """Whole milliseconds from 100 on, else three digits."""
+    if value is None:
+        return ""
+    median, low, high = (f"{part:.0f}" if part >= 100 else f"{part:.3g}" for part in (value.median, value.p10, value.p90))
+    return f"{median} ({low}-{high})"

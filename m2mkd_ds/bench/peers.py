@@ -15,7 +15,7 @@ def names_at(level: Level) -> list[str]:
     if level == "ffn":
         return ["gemm", "dense", *ours, "deepspeed_triton"]
     if level == "layer":
-        return ["dense", *ours, "deepspeed", "deepspeed_capacity", "tutel", "scattermoe"]
+        return ["gemm", "dense", *ours, "deepspeed", "deepspeed_capacity", "tutel", "scattermoe"]
     if level == "step":
         return ["dense", *ours]
     return ["all_to_all"]

@@ -33,7 +33,7 @@ def _panel(axes: Any, rows: Sequence[Row], colours: dict[str, Any]) -> None:
     """Groups of bars by routing; `dense` is a line over its group."""
     routings = list(dict.fromkeys(row.routing for row in rows))
     peers = list(dict.fromkeys(row.peer for row in rows if row.peer != "dense"))
-    width = 0.8 / max(len(peers), 1)
+    width = 0.8 / max(len(peers), 4)
     labelled: set[str] = set()
     for row in rows:
         assert row.tokens_per_s and row.total_ms

@@ -5,7 +5,7 @@ Shape letters: R rows, D width, F expert hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ class Row:
     percent_of_dense: float | None = None
     """Useful TFLOP/s over those of the peer `dense`, same level, routing and run."""
     percent_of_gemm: float | None = None
-    """Useful TFLOP/s over those of the peer `gemm` (dense matmuls alone, level ffn) of the same routing and run."""
+    """Useful TFLOP/s over those of the peer `gemm` (the dense matmuls alone), same level, routing and run."""
     padding_ratio: float | None = None
     """Rows computed over rows kept; 1 is no padding."""
     drop_rate: float | None = None
@@ -149,20 +149,19 @@ def make_row(
     )
 
 
-def with_shares(rows: Sequence[Row], gemm_tflops: Mapping[str, float], own_parts: Sequence[str]) -> list[Row]:
+def with_shares(rows: Sequence[Row], own_parts: Sequence[str]) -> list[Row]:
     """Fill in what compares rows of one level and routing: percent of `dense` and of `gemm`, and the overhead of `own_parts` (names
     of our backends that leave router, dispatch and combine to the layer)."""
     by_peer = {row.peer: row for row in rows if row.available}
-    dense = by_peer["dense"].useful_tflops if "dense" in by_peer else None
+    dense, gemm = (by_peer[name].useful_tflops if name in by_peer else None for name in ("dense", "gemm"))
     parts = [row.total_ms.median for name, row in by_peer.items() if name.startswith("part:") and row.total_ms]
     filled = []
     for row in rows:
         if row.useful_tflops is not None:
-            peak = gemm_tflops.get(row.routing)
             row = replace(
                 row,
                 percent_of_dense=100 * row.useful_tflops / dense if dense else None,
-                percent_of_gemm=100 * row.useful_tflops / peak if peak else None,
+                percent_of_gemm=100 * row.useful_tflops / gemm if gemm else None,
             )
         if row.available and row.peer in own_parts and parts and row.total_ms:
             row = replace(row, overhead_share=sum(parts) / row.total_ms.median)

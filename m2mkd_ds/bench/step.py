@@ -24,6 +24,7 @@ from m2mkd_ds.models.variants import VitArch
 from m2mkd_ds.models.vit import build_stage
 from m2mkd_ds.models.vmoe import VisionMoE, VMoEArch
 from m2mkd_ds.moe.backends import BACKENDS
+from m2mkd_ds.moe.experts import Experts
 from m2mkd_ds.teacher.feed import TeacherBatch
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.steps import pair_step
@@ -63,9 +64,7 @@ def step_cases(options: ExpertBench, names: Sequence[str], *, rank: int, device:
             dense = scene.student(experts=False)
             cases.append(_case(scene, name, dense, build_adamw(dense, PhaseConfig()), "a dense student of equal FLOPs"))
         elif name in BACKENDS:
-            reason = BACKENDS[name].why_not(
-                device=device, dtype=dtype, dim=options.dim, hidden=options.hidden, activation="gelu"
-            )
+            reason = BACKENDS[name].why_not(device=device, dtype=dtype, dim=options.dim, hidden=options.hidden, activation="gelu")
             cases.append(Absent(name, reason) if reason else _case(scene, name, student, optimizer, ""))
     return cases
 
@@ -120,14 +119,12 @@ def _case(scene: _Scene, name: str, student: VisionMoE, optimizer: torch.optim.O
     pair, images = scene.pair, scene.images
 
     def forward() -> Ran:
-        for block in student.blocks.values():
-            if block.is_moe:
-                block.moe.experts.backend = name  # one student for all backends
+        for module in student.modules():
+            if isinstance(module, Experts):
+                module.backend = name  # one student for all backends
         hidden = scene.meta.hidden_states(scene.pixels_BCHW, [pair])
         logits = {pair.index: teacher_logits(scene.meta, pair, scene.teacher, hidden[pair.index])}
-        batch = TeacherBatch(
-            hidden=hidden, teacher_logits=logits, targets_BV=scene.targets_BV, slot_ids_B=torch.arange(images.count)
-        )
+        batch = TeacherBatch(hidden=hidden, teacher_logits=logits, targets_BV=scene.targets_BV, slot_ids_B=torch.arange(images.count))
         return Ran(pair_step(student, pair, scene.meta, batch, DistillConfig(), log=False).loss)
 
     def backward(loss: Tensor) -> None:

@@ -45,7 +45,7 @@ class Workload:
         return LayerShape(o.dim, o.hidden, o.experts, o.top_k)
 
     @property
-    def load_E(self) -> list[int]:
+    def load(self) -> list[int]:
         """Rows of each expert."""
         ends = self.plan.offsets_E.tolist()  # host sync
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -80,9 +80,7 @@ def make_workload(options: ExpertBench, routing: Routing, *, rank: int, device: 
         rows_RD = permute(x_TD, plan)
     grad_TD = torch.randn(o.tokens, o.dim, generator=generator).to(device, dtype)
     grad_RD = torch.randn(o.tokens * o.top_k, o.dim, generator=generator).to(device, dtype)
-    return Workload(
-        routing, o, layer, x_TD, grad_TD, decision.expert_ids_TK, decision.weights_TK.to(torch.float32), plan, rows_RD, grad_RD
-    )
+    return Workload(routing, o, layer, x_TD, grad_TD, decision.expert_ids_TK, decision.weights_TK.to(torch.float32), plan, rows_RD, grad_RD)
 
 
 def wanted_experts(options: ExpertBench, routing: Routing, generator: torch.Generator) -> Tensor:
