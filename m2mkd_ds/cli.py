@@ -292,6 +292,7 @@ def bench(what: tyro.conf.Positional[Literal["experts"]], /, *, options: tyro.co
         what: experts: throughput of expert compute.
         options: Sizes, distributions, peers and how long to measure.
     """
+    options.check()  # before the imports below, which take seconds
     from m2mkd_ds.bench.experts import run_experts
 
     if options.device == "cpu":

@@ -37,6 +37,7 @@ ROUTING_TOLERANCE = 1e-3
 
 def run_experts(options: ExpertBench, world: World) -> str:
     """Measure, write what `--out` asks for, and return the tables. Raises ValueError for what this machine or job cannot do."""
+    options.check()
     peers.check(options)
     device, dtype_name = resolve(options, world)
     bench = _Bench(options, world, device, DTYPES[dtype_name])

@@ -55,7 +55,7 @@ class ExpertBench:
     out: Path | None = None
     """Folder for experts_DEVICE_DTYPE.json, .md and .png; without it, only the table is printed."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raises ValueError for numbers that make no measurement."""
         for name in ("tokens", "top_k", "experts", "dim", "hidden", "step_blocks"):
             if getattr(self, name) < 1:

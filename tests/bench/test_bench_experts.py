@@ -168,7 +168,7 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
         ({"budget_s": -1.0}, r"--budget-s is -1"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            ExpertBench(**bad)
+            run_experts(ExpertBench(**bad), ALONE)
     with pytest.raises(ValueError, match=r"--peers megablocks: allowed are gemm, dense, .*tutel"):
         run_experts(ExpertBench(peers=("dense", "megablocks")), ALONE)
     with pytest.raises(ValueError, match="--device is cuda, and this job runs on cpu; torch sees no CUDA device"):
