@@ -21,16 +21,14 @@ def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int, 
         return f"a Triton kernel needs a CUDA device, not {device.type}"
     if dtype not in _DTYPES:
         return f"DeepSpeed's group_gemm_triton has no {dtype}"
-    try:
-        from deepspeed.ops.triton_ops import group_gemm_triton  # noqa: F401
-    except ImportError as err:
-        return str(err)
-    return ""
+    from deepspeed.ops.triton_ops import is_triton_available
+
+    return "" if is_triton_available() else "DeepSpeed finds no Triton that it can use"
 
 
 def run(rows_RD: Tensor, offsets_E: Tensor, weights: ExpertWeights) -> Tensor:
     """Contract in `moe.backends.contract`, with offsets_E[-1] = R."""
-    from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton
+    from deepspeed.ops.triton_ops import group_gemm_triton
 
     row_ids_R = torch.arange(rows_RD.shape[0], device=rows_RD.device, dtype=offsets_E.dtype)
     expert_ids_R = torch.searchsorted(offsets_E, row_ids_R, right=True)
