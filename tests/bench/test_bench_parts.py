@@ -19,7 +19,7 @@ from m2mkd_ds.bench.memory import account, run_once
 from m2mkd_ds.bench.options import ExpertBench
 from m2mkd_ds.bench.rows import Local, merge, useful_flops
 from m2mkd_ds.bench.step import images_for, step_cases
-from m2mkd_ds.bench.workload import Workload, make_workload, wanted_experts
+from m2mkd_ds.bench.workload import Workload, make_workload, steered_tokens, wanted_experts
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import Progress
 from m2mkd_ds.moe.backends import BACKENDS
@@ -89,6 +89,16 @@ def test_every_gate_routes_the_tokens_as_planned_in_every_dtype(routing: str, dt
         assert max(work.load) - min(work.load) <= 1
     again = workload(routing, dtype, top_k=top_k)
     assert torch.equal(again.x_TD, work.x_TD) and torch.equal(again.rows_RD, work.rows_RD)
+
+
+def test_steered_tokens_want_the_given_experts_in_the_given_order() -> None:
+    ids_TK = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    directions_ED = torch.eye(3, 16)  # the logits are the first three entries
+    x_TD = steered_tokens(ids_TK, directions_ED, torch.Generator().manual_seed(0))
+    assert torch.equal(x_TD[:, :3].topk(2, dim=1).indices, ids_TK)
+    # First choices at 2 * 1.5, second ones at 1.5, the third at 0, each plus up to 0.5; the rest of a token is noise of size 1.
+    assert torch.all((x_TD[:, :3].sort(dim=1, descending=True).values - torch.tensor([3.0, 1.5, 0.0])) >= 0)
+    assert float(x_TD[:, :3].max()) <= 3.5 and 0.5 < float(x_TD[:, 3:].std()) < 1.5
 
 
 def test_a_peer_that_routes_otherwise_is_refused() -> None:
