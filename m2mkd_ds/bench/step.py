@@ -55,6 +55,10 @@ def images_for(tokens: int) -> Images:
 
 def step_cases(options: ExpertBench, names: Sequence[str], *, rank: int, device: torch.device, dtype: torch.dtype) -> list[Case | Absent]:
     """`dense` (a student whose blocks have one network of the same FLOPs) and our backends, which share one student."""
+    if options.activation != "gelu":
+        return [
+            Absent(name, "the student of this level has gelu experts; measure the other activations by --level layer") for name in names
+        ]
     scene = _Scene(options, rank, device, dtype)
     cases: list[Case | Absent] = []
     student = scene.student(experts=True)

@@ -62,6 +62,12 @@ def test_a_result_has_every_field_of_its_schema(result: dict[str, Any]) -> None:
     }
 
 
+def test_the_document_names_every_field(result: dict[str, Any], repo_root: Path) -> None:
+    document = (repo_root / "docs" / "benchmarks.md").read_text()
+    for name in (*result, *result["environment"], *(field.name for field in fields(Row))):
+        assert f"`{name}`" in document, name
+
+
 def test_every_peer_has_a_row_and_an_absent_one_says_why(result: dict[str, Any], text: str) -> None:
     for level in ("layer", "ffn"):
         for routing in ("balanced", "zipf"):

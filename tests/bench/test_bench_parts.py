@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from m2mkd_ds.bench.cases import Case, Ran, ffn_cases
+from m2mkd_ds.bench.cases import Absent, Case, Ran, ffn_cases
 from m2mkd_ds.bench.experts import _check_load
 from m2mkd_ds.bench.layer_cases import layer_cases
 from m2mkd_ds.bench.measure import Spread, measure
@@ -183,6 +184,8 @@ def test_a_step_of_a_pair_has_one_loss_whatever_the_backend() -> None:
     assert {"dense", "reference", "grouped"} <= set(losses)
     ours = [loss for name, loss in losses.items() if name != "dense"]
     assert max(ours) - min(ours) < 1e-5 and abs(losses["dense"] - ours[0]) > 1e-6
+    other = step_cases(replace(options, activation="swiglu"), ["dense"], rank=0, device=CPU, dtype=torch.float32)
+    assert other[0].peer == "dense" and isinstance(other[0], Absent)
     case = next(case for case in cases if case.peer == "grouped")
     assert isinstance(case, Case)
     before = [leaf.detach().clone() for leaf in case.leaves]
