@@ -20,6 +20,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from m2mkd_ds import __version__
+from m2mkd_ds.bench.options import ExpertBench
 from m2mkd_ds.config import PHASES, ConfigError, RunConfig, apply_overrides, dump, load
 from m2mkd_ds.logs import logger, setup_logging
 
@@ -275,6 +276,28 @@ def import_checkpoint(
     setup_logging()
     source = sources[0] if len(sources) == 1 else list(sources)
     out(f"{out_file}: {convert_legacy(source, out_file, depths=depths or None, stage=stage)}")
+
+
+@app.command
+def bench(what: tyro.conf.Positional[Literal["experts"]], /, *, options: tyro.conf.OmitArgPrefixes[ExpertBench]) -> None:
+    """Measure expert compute against DeepSpeed's and Tutel's layers and a dense network, in one process and in turn.
+
+    A first look, in a minute: m2mkd bench experts --level layer --tokens 394 --dim 384 --hidden 1536 --iters 5
+
+    The exchange between ranks: deepspeed --num_gpus 2 --module m2mkd_ds bench experts --level a2a
+
+    docs/benchmarks.md says how to read the result.
+
+    Args:
+        what: experts: throughput of expert compute.
+        options: Sizes, distributions, peers and how long to measure.
+    """
+    options.check()  # before the imports below, which take seconds
+    from m2mkd_ds.bench.experts import run_experts
+
+    if options.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _in_world(lambda world: run_experts(options, world))
 
 
 @app.command

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "distill": {"models", "checkpoint.mapping"},
     "teacher": {"distill", "models", "data", "checkpoint.mapping"},
     "train": {"distill", "teacher", "models", "moe", "data", "checkpoint", "distributed"},
-    "bench": {"moe", "models", "data", "teacher", "distributed"},
+    "bench": {"moe", "models", "data", "teacher", "distributed", "distill", "train.steps", "train.optim", "checkpoint.atomic"},
     "report": {"models", "checkpoint"},
     "planner": {"models", "checkpoint"},
     "__main__": {"cli"},
@@ -40,6 +40,7 @@ OPEN_TO_ALL = {"config", "router_config", "logs"}
 DOORS = {
     "deepspeed": ("m2mkd_ds/distributed/",),
     "tutel": ("m2mkd_ds/distributed/external/tutel.py",),
+    "scattermoe": ("m2mkd_ds/distributed/external/scattermoe.py",),
     "triton": ("kernels/m2mkd_kernels/",),
     "webdataset": ("m2mkd_ds/data/",),
     "timm": ("m2mkd_ds/models/vit.py", "m2mkd_ds/models/variants.py", "m2mkd_ds/data/transforms.py"),
@@ -49,7 +50,7 @@ DOORS = {
     "accelerate": ("m2mkd_ds/checkpoint/",),
     "m2mkd_kernels": ("m2mkd_ds/moe/", "kernels/m2mkd_kernels/"),
 }
-ONLY_IN_FUNCTIONS = {"tutel", "transformers", "accelerate", "m2mkd_kernels"}
+ONLY_IN_FUNCTIONS = {"scattermoe", "tutel", "transformers", "accelerate", "m2mkd_kernels"}
 HF_TEMPLATE = "m2mkd_ds/checkpoint/hf_template/"
 KERNELS = "kernels/m2mkd_kernels/"
 
