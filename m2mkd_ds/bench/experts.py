@@ -123,7 +123,7 @@ class _Bench:
         ready: dict[str, _Ready] = {}
         absent = [case for case in found if isinstance(case, Absent)]
         with Progress((rounds + 1) * len(cases), f"{level}, {group.routing}", enabled=self.world.is_main) as bar:
-            oracle = make_oracle(work, level) if work is not None and level in ("layer", "ffn") else None
+            oracle = make_oracle(work, level, self.world) if work is not None and level in ("layer", "ffn") else None
             for case in cases:
                 first = self._first_pass(case, oracle, work, group)
                 bar.advance(note=case.peer)
@@ -148,7 +148,7 @@ class _Bench:
         assert work is not None
         if group.level == "a2a":
             return [exchange.exchange_case(work, self.world)]
-        return ffn_cases(work, names) if group.level == "ffn" else layer_cases(work, names)
+        return ffn_cases(work, names) if group.level == "ffn" else layer_cases(work, names, self.world)
 
     def _first_pass(self, case: Case, oracle: Oracle | None, work: Workload | None, group: _Group) -> _Ready | Absent:
         """Warm up (on a GPU: compile and tune too), then one pass for memory, error, and that the peer routes as planned."""

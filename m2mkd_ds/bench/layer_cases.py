@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from m2mkd_ds.bench.cases import Absent, Case, Ran, computed_rows, dense_case, gemm_case, grad_of, stack, why_not
+from m2mkd_ds.bench.spread_cases import deepspeed_spread_case, spread_case
 from m2mkd_ds.bench.workload import Workload
+from m2mkd_ds.distributed.world import World
 from m2mkd_ds.moe.backends import BACKENDS
 from m2mkd_ds.moe.dispatch import combine, make_plan, permute
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from m2mkd_ds.distributed.external.tutel import TutelMoE
 
 
-def layer_cases(work: Workload, names: Sequence[str]) -> list[Case | Absent]:
+def layer_cases(work: Workload, names: Sequence[str], world: World) -> list[Case | Absent]:
     """Cases of the named peers that have one at this level, then the parts of our layer."""
     makers: dict[str, Callable[[], Case | Absent]] = {
         "gemm": lambda: gemm_case(work),
@@ -27,6 +29,8 @@ def layer_cases(work: Workload, names: Sequence[str]) -> list[Case | Absent]:
         **{name: partial(_ours, work, name) for name in BACKENDS},
         "deepspeed": lambda: _deepspeed(work, None),
         "deepspeed_capacity": lambda: _deepspeed(work, 1.0),
+        "expert_parallel": lambda: spread_case(work, world),
+        "deepspeed_expert_parallel": lambda: deepspeed_spread_case(work, world),
         "tutel": lambda: _tutel(work),
         "scattermoe": lambda: _scattermoe(work),
     }

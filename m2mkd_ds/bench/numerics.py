@@ -11,6 +11,7 @@ from m2mkd_ds.bench.cases import Case, Ran, ffn_cases
 from m2mkd_ds.bench.layer_cases import layer_cases
 from m2mkd_ds.bench.options import Level
 from m2mkd_ds.bench.workload import Workload
+from m2mkd_ds.distributed.world import World
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Error:
     gradient: float
 
 
-def make_oracle(work: Workload, level: Level) -> Oracle:
+def make_oracle(work: Workload, level: Level, world: World) -> Oracle:
     """Backend `reference` in fp64. The layer routes anew in fp64; a near-tie that it decided otherwise would show as a large error."""
     exact = _in_fp64(work)
-    cases = ffn_cases(exact, ["reference"]) if level == "ffn" else layer_cases(exact, ["reference"])
+    cases = ffn_cases(exact, ["reference"]) if level == "ffn" else layer_cases(exact, ["reference"], world)
     case = cases[0]
     assert isinstance(case, Case) and case.gradients is not None  # `reference` runs everywhere
     ran = case.forward()

@@ -15,7 +15,8 @@ def names_at(level: Level) -> list[str]:
     if level == "ffn":
         return ["gemm", "dense", *ours, "deepspeed_triton"]
     if level == "layer":
-        return ["gemm", "dense", *ours, "deepspeed", "deepspeed_capacity", "tutel", "scattermoe"]
+        foreign = ["deepspeed", "deepspeed_capacity", "tutel", "scattermoe"]
+        return ["gemm", "dense", *ours, *foreign, "expert_parallel", "deepspeed_expert_parallel"]
     if level == "step":
         return ["dense", *ours]
     return ["all_to_all"]

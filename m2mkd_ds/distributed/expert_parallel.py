@@ -82,15 +82,23 @@ class ParallelExperts(Experts):
         x_TD, weights, backend = self.prepare(x_TD)
         rows_RD = permute(x_TD, plan)
         exchange = plan_exchange(plan.offsets_E, self.groups)
-        arrived_SD = _AllToAll.apply(rows_RD, exchange.send_rows, exchange.receive_rows, sum(exchange.receive_rows), self.groups)
-        sorted_SD = _Reorder.apply(arrived_SD, exchange.order_S, exchange.arrived_S)
+        sorted_SD = _Reorder.apply(send_rows(rows_RD, exchange, self.groups), exchange.order_S, exchange.arrived_S)
         computed_SD = backend.run(sorted_SD, exchange.offsets_E, weights)
         back_SD = _Reorder.apply(computed_SD, exchange.arrived_S, exchange.order_S)
-        rows_RD = _AllToAll.apply(back_SD, exchange.receive_rows, exchange.send_rows, rows_RD.shape[0], self.groups)
-        return combine(rows_RD, weights_TK, plan)
+        return combine(return_rows(back_SD, exchange, rows_RD.shape[0], self.groups), weights_TK, plan)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, share {self.groups.rank} of {self.groups.size}"
+
+
+def send_rows(rows_RD: Tensor, exchange: Exchange, groups: ExpertGroups) -> Tensor:
+    """Every row to the rank that holds its expert: [R, D] sorted by expert -> [S, D] by source rank. Collective, differentiable."""
+    return _AllToAll.apply(rows_RD, exchange.send_rows, exchange.receive_rows, sum(exchange.receive_rows), groups)
+
+
+def return_rows(rows_SD: Tensor, exchange: Exchange, num_rows: int, groups: ExpertGroups) -> Tensor:
+    """The way back: [S, D] by source rank -> [R, D] as `send_rows` got them, R = `num_rows`. Collective, differentiable."""
+    return _AllToAll.apply(rows_SD, exchange.receive_rows, exchange.send_rows, num_rows, groups)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -220,3 +220,11 @@ def test_two_ranks_report_the_whole_job(two_ranks: Path) -> None:
     assert layer["tokens_per_s"] == pytest.approx(48 / (layer["total_ms"]["median"] / 1e3))
     assert layer["load"] == [a + b for a, b in zip(facts[0]["load"], facts[1]["load"], strict=True)] and sum(layer["load"]) == 96
     assert set(BACKENDS) - {"reference"} <= {row["peer"] for row in result["rows"]}
+
+
+@pytest.mark.parametrize("peer", ["expert_parallel", "deepspeed_expert_parallel"])
+def test_spread_experts_compute_what_whole_ones_do(two_ranks: Path, peer: str) -> None:
+    result = json.loads((two_ranks / "layer" / "experts_cpu_fp32_2ranks.json").read_text())
+    (row,) = rows_of(result, peer=peer)
+    assert row["available"] and row["error_output"] < 1e-5 and row["error_gradient"] < 1e-5
+    assert "2 ranks" in row["note"]

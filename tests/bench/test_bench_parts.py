@@ -39,7 +39,7 @@ def test_flops_by_hand_and_by_torchs_counter() -> None:
     assert useful_flops(5, 4, 8, "gelu") == 1920 and useful_flops(5, 4, 8, "swiglu") == 2880
     for activation in ("gelu", "swiglu"):
         work = workload("balanced", activation=activation)
-        for case in [*ffn_cases(work, ["dense"]), *layer_cases(work, ["dense"])[:1]]:
+        for case in [*ffn_cases(work, ["dense"]), *layer_cases(work, ["dense"], ALONE)[:1]]:
             assert isinstance(case, Case) and case.peer == "dense"
             with FlopCounterMode(display=False) as counter:
                 case.backward(case.forward().output)
@@ -49,7 +49,7 @@ def test_flops_by_hand_and_by_torchs_counter() -> None:
 @pytest.mark.parametrize("peer", [name for name in ("loop", "padded", "deepspeed") if name in (*BACKENDS, "deepspeed")])
 def test_computed_rows_are_those_that_torchs_counter_sees(peer: str) -> None:
     work = workload("zipf")
-    (case, *_) = layer_cases(work, [peer])
+    (case, *_) = layer_cases(work, [peer], ALONE)
     assert isinstance(case, Case)
     with FlopCounterMode(display=False) as counter:
         case.forward()
