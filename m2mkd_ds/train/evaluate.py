@@ -59,6 +59,8 @@ class Score:
     """Rows routed to each expert by block, int64 [E]; empty for dense models."""
     entropy_sum: dict[int, float] = field(default_factory=dict)
     """Sum over images of the routing entropy by block, nats."""
+    drop_sum: dict[int, float] = field(default_factory=dict)
+    """Sum over images of the share of a token's choices that were dropped for capacity, by block."""
 
     @property
     def top1(self) -> float:
@@ -132,6 +134,7 @@ def _add_batch(score: Score, logits_BV: Tensor, stats: Mapping[int, RoutingStats
     for block, layer in stats.items():
         score.expert_load[block] = score.expert_load.get(block, 0) + layer.load_E.cpu()
         score.entropy_sum[block] = score.entropy_sum.get(block, 0.0) + float(layer.entropy) * labels_B.numel()
+        score.drop_sum[block] = score.drop_sum.get(block, 0.0) + float(layer.drop_rate) * labels_B.numel()
 
 
 def _total(tensor: Tensor, world: World) -> Tensor:
@@ -145,9 +148,10 @@ def _reduce(score: Score, world: World) -> Score:
     loss = float(_total(torch.tensor(score.loss_sum, dtype=torch.float64), world))
     # A rank without a batch has no statistics: the layers' names and sizes are agreed on first.
     layers = {block: num for rank in gather_object({b: t.numel() for b, t in score.expert_load.items()}) for block, num in rank.items()}
-    load, entropy = {}, {}
+    load, entropy, drops = {}, {}, {}
     for block, num_experts in sorted(layers.items()):
         load[block] = _total(score.expert_load.get(block, torch.zeros(num_experts, dtype=torch.int64)), world)
-        entropy[block] = float(_total(torch.tensor(score.entropy_sum.get(block, 0.0), dtype=torch.float64), world))
+        sums = torch.tensor([score.entropy_sum.get(block, 0.0), score.drop_sum.get(block, 0.0)], dtype=torch.float64)
+        entropy[block], drops[block] = _total(sums, world).tolist()
     predictions_N, hits_N = _total(score.predictions_N, world), _total(score.hits_N, world)
-    return Score(images, top1, top5, loss, predictions_N, hits_N, load, entropy)
+    return Score(images, top1, top5, loss, predictions_N, hits_N, load, entropy, drops)

@@ -156,6 +156,7 @@ def summarise_scores(scores: dict[str, Score], sizes: dict[str, tuple[int, int]]
         "models": models,
         "expert_load": {n: {str(b): load.tolist() for b, load in s.expert_load.items()} for n, s in sparse.items()},
         "entropy": {n: {str(b): e / s.images for b, e in s.entropy_sum.items()} for n, s in sparse.items()},
+        "drop_rate": {n: {str(b): d / s.images for b, d in s.drop_sum.items()} for n, s in sparse.items()},
         "seed": seed,
         "world_size": world_size,
     }

@@ -45,9 +45,9 @@ def dense(grey_B: Tensor, num_classes: int) -> Output:
 
 
 def sparse(grey_B: Tensor, num_classes: int) -> Output:
-    """Sends one row an image to expert g mod 3; reports the entropy g / 100."""
+    """Sends one row an image to expert g mod 3; reports the entropy g / 100 and the drop rate g / 1000."""
     load_E = torch.bincount(grey_B % NUM_EXPERTS, minlength=NUM_EXPERTS)
-    stats = RoutingStats(load_E, load_E.float(), (grey_B.float() / 100).mean(), torch.tensor(0.0))
+    stats = RoutingStats(load_E, load_E.float(), (grey_B.float() / 100).mean(), torch.tensor(0.0), (grey_B.float() / 1000).mean())
     return -logits_table(num_classes)[grey_B], {2: stats}
 
 

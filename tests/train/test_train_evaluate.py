@@ -70,7 +70,7 @@ def test_paired_interval_holds_the_truth_in_95_of_100_samples() -> None:
 def score(hits: list[int], predictions: list[int] | None = None, *, block_load: list[int] | None = None) -> Score:
     load = {0: torch.tensor(block_load)} if block_load else {}
     answers = torch.tensor(predictions if predictions is not None else hits)
-    return Score(len(hits), sum(hits), len(hits), 0.5 * len(hits), answers, torch.tensor(hits), load, {0: 3.0} if load else {})
+    return Score(len(hits), sum(hits), len(hits), 0.5 * len(hits), answers, torch.tensor(hits), load, {0: 3.0} if load else {}, {0: 0.2} if load else {})
 
 
 def test_student_and_baseline_are_compared_image_by_image() -> None:
@@ -98,6 +98,7 @@ def test_results_hold_agreement_sizes_load_and_entropy() -> None:
     # whole students only: a hybrid's load is that of one module
     assert results["expert_load"] == {"student": {"0": [6, 2]}, "baseline": {"0": [4, 4]}}
     assert results["entropy"]["student"] == {"0": 0.75}  # 3.0 summed over 4 images
+    assert results["drop_rate"]["student"] == {"0": 0.05}  # 0.2 over 4 images
     assert results["student_minus_baseline"]["top1"] == 0.5
     del scores["baseline"]
     assert "student_minus_baseline" not in summarise_scores(scores, {}, seed=0, world_size=1)
@@ -163,6 +164,7 @@ def test_expert_load_and_entropy_are_sums_over_all_images(results: dict[str, Any
     values = [grey(i) for i in range(images)]
     assert found["sparse"]["expert_load"] == {"2": [sum(v % 3 == e for v in values) for e in range(3)]}
     assert found["sparse"]["entropy_sum"] == {"2": pytest.approx(sum(values) / 100, rel=1e-5)}
+    assert found["sparse"]["drop_sum"] == {"2": pytest.approx(sum(values) / 1000, rel=1e-5)}
     assert found["dense"]["expert_load"] == {}
 
 
