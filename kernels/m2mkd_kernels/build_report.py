@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ def layer_launches(
     x_TD, h_RF, scale_N = empty(num_tokens, dim), empty(num_rows, hidden), empty(num_rows, kind=torch.float32)
     down_EDF, down_bias_ED = empty(num_experts, dim, hidden), empty(num_experts, dim)
     gemm, gemm_swiglu, act_grad, weight_grad = (tiles.get(name) for name in ("gemm", "gemm_swiglu", "act_grad", "weight_grad"))
-    for activation, up_tiles in (("gelu", gemm), ("swiglu", gemm_swiglu)):
+    activations: tuple[tuple[Literal["gelu", "swiglu"], TileConfig | None], ...] = (("gelu", gemm), ("swiglu", gemm_swiglu))
+    for activation, up_tiles in activations:
         width = 2 * hidden if activation == "swiglu" else hidden
         up_EUD, z_RU = empty(num_experts, width, dim), empty(num_rows, width)
         up = prepare_gemm(
@@ -111,8 +112,10 @@ def layer_launches(
 def report(dtype: torch.dtype, size: str) -> Iterator[tuple[str, Launch, Build]]:
     """Build every launch of a layer with the table's tiles of the given size."""
     kind = "float" if dtype == torch.float32 else "half"
-    tiles = {kernel: config for (kernel, kinds, sizes), config in TABLE.items() if (kinds, sizes) == (kind, size)}
-    for name, launch in layer_launches(dtype, dict(tiles)):
+    tiles: dict[str, TileConfig | None] = {
+        kernel: config for (kernel, *rest), config in TABLE.items() if rest == [kind, size]
+    }  # fmt: skip
+    for name, launch in layer_launches(dtype, tiles):
         yield name, launch, compile_launch(launch)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -106,6 +107,21 @@ def row_major(tensor: Tensor) -> Tensor:
     usable = tensor.shape[1] <= 1 or tensor.stride(1) == 1
     spread = tensor.shape[0] <= 1 or tensor.stride(0) >= tensor.shape[1]
     return tensor if usable and spread else tensor.contiguous()
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a backward that cannot be differentiated itself: an error under create_graph=True.
+
+    torch's `once_differentiable` lets it pass, with second-order terms silently missing, when the incoming gradient is a constant.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the Triton kernels have no second-order gradients: call backward without create_graph=True")
+        return backward(ctx, *grads)
+
+    return guarded
 
 
 def next_power_of_2(value: int) -> int:

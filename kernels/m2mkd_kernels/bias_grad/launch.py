@@ -31,7 +31,7 @@ def bias_grad(grad_SO: Tensor, offsets_G: Tensor, index: RowIndex | None = None,
         {
             "grad_ptr": grad_SO, "index_ptr": grad_SO if index is None else index.index_R, "sums_ptr": sums, "ends_ptr": offsets_G,
             "scale_ptr": grad_SO if scale_N is None else scale_N,
-            "num_groups": num_groups, "O": width, "stride_grad": grad_SO.stride(0),
+            "num_groups": num_groups, "width": width, "stride_grad": grad_SO.stride(0),
         },
         {
             "GATHER": index is not None, "DIVISOR": 1 if index is None else index.divisor, "HAS_SCALE": scale_N is not None,
@@ -52,7 +52,7 @@ def sum_tiles(sums: Tensor, offsets_G: Tensor, block_m: int, dtype: torch.dtype)
     Launch(
         sum_tiles_kernel,
         (num_groups, cdiv(width, BLOCK_N)),
-        {"sums_ptr": sums, "ends_ptr": offsets_G, "out_ptr": out_GO, "num_groups": num_groups, "O": width},
+        {"sums_ptr": sums, "ends_ptr": offsets_G, "out_ptr": out_GO, "num_groups": num_groups, "width": width},
         {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_G": _block_g(num_groups)},
         4,
         3,

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m2mkd_kernels.combine.launch import combine_backward, contiguous_weights, sum_choices
 from m2mkd_kernels.gather import Gather
-from m2mkd_kernels.runtime import row_major
+from m2mkd_kernels.runtime import first_order_only, row_major
 
 
 def combine(rows_RD: Tensor, weights_TK: Tensor, gather: Gather) -> Tensor:
@@ -33,7 +32,7 @@ class _Combine(torch.autograd.Function):
         return sum_choices(rows_RD, weights_TK, gather)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         rows_RD, weights_TK, *plan = ctx.saved_tensors
         want_rows, want_weights = ctx.needs_input_grad[:2]

@@ -16,14 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m2mkd_kernels.bias_grad.launch import bias_grad, sum_tiles
 from m2mkd_kernels.combine.launch import contiguous_weights, sum_choices
 from m2mkd_kernels.expert_ffn.launch import routing_grad
 from m2mkd_kernels.gather import Gather, check_gather
 from m2mkd_kernels.grouped_gemm.launch import ActGrad, RowIndex, prepare_act_grad, prepare_gemm, prepare_weight_grad
-from m2mkd_kernels.runtime import require, row_major
+from m2mkd_kernels.runtime import first_order_only, require, row_major
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -66,7 +65,7 @@ class _ExpertFfn(torch.autograd.Function):
         return out_RD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, offsets_E, z_RU, up_EUD, down_EDF = ctx.saved_tensors
         want_rows, _, _, *wants = ctx.needs_input_grad
@@ -94,7 +93,7 @@ class _ExpertLayer(torch.autograd.Function):
         return sum_choices(out_RD, weights_TK, gather)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weights_TK, offsets_E, z_RU, up_EUD, down_EDF, down_bias_ED, *plan = ctx.saved_tensors
         gather = Gather(*plan)

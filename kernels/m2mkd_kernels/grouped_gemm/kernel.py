@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 
 from m2mkd_kernels.tiling import (
-    dot, find_tile, halves, nth_largest_group, rows_times_matrix, rows_times_two_matrices, source_rows, swizzle,
+    dot,
+    find_tile,
+    halves,
+    nth_largest_group,
+    rows_times_matrix,
+    rows_times_two_matrices,
+    source_rows,
+    swizzle,
     tile_offsets,
 )  # fmt: skip
 
@@ -212,21 +219,21 @@ def store_act_grad(
 
 @triton.jit
 def weight_grad_kernel(
-    dz_ptr, x_ptr, index_ptr, ends_ptr, dw_ptr, num_groups, O, I, stride_dz, stride_x,
+    dz_ptr, x_ptr, index_ptr, ends_ptr, dw_ptr, num_groups, width_o, width_i, stride_dz, stride_x,
     GATHER_DZ: tl.constexpr, GATHER_X: tl.constexpr, DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dw[g] = sum over the group's rows of dz[row]^T x[row]: [BLOCK_M, BLOCK_N] of [O, I], BLOCK_K rows at a time, one order."""
-    num_o = tl.cdiv(O, BLOCK_M)
-    num_i = tl.cdiv(I, BLOCK_N)
+    num_o = tl.cdiv(width_o, BLOCK_M)
+    num_i = tl.cdiv(width_i, BLOCK_N)
     pid = tl.program_id(0)
     group, start, end = nth_largest_group(ends_ptr, pid // (num_o * num_i), num_groups, BLOCK_G)
     tile_o, tile_i = swizzle(pid % (num_o * num_i), num_o, num_i, GROUP_M)
     os = tile_o * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_i * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_o = os < O
-    inside_i = columns < I
+    inside_o = os < width_o
+    inside_i = columns < width_i
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(start, end, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
@@ -247,5 +254,5 @@ def weight_grad_kernel(
         else:
             x = tl.load(x_ptrs, mask=inside[:, None] & inside_i[None, :], other=0.0)
         acc = dot(dz, x, acc, PRECISION, UPCAST)
-    dw_ptrs = dw_ptr + group.to(tl.int64) * O * I + os[:, None] * I + columns[None, :]
+    dw_ptrs = dw_ptr + group.to(tl.int64) * width_o * width_i + os[:, None] * width_i + columns[None, :]
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=inside_o[:, None] & inside_i[None, :])

@@ -27,7 +27,8 @@ class RowIndex(NamedTuple):
 
 def check_operands(x_SI: Tensor, weight_GOI: Tensor, offsets_G: Tensor, index: RowIndex | None, reads_width: int) -> None:
     """What all launches need of rows, weight, offsets and index. Raises ValueError."""
-    require(weight_GOI.dim() == 3 and 0 not in weight_GOI.shape, f"weight has shape {tuple(weight_GOI.shape)}; it must be [G, O, I], none 0")
+    shape = tuple(weight_GOI.shape)
+    require(len(shape) == 3 and 0 not in shape, f"weight has shape {shape}; it must be [G, O, I] without a zero")
     require(weight_GOI.is_contiguous(), "weight must be contiguous")
     require(weight_GOI[0].numel() <= MAX_MATRIX, f"one group's matrix has {weight_GOI[0].numel()} elements; at most {MAX_MATRIX}")
     reason = "" if x_SI.is_meta else why_not(x_SI.device, x_SI.dtype)
@@ -187,7 +188,7 @@ def prepare_weight_grad(
 ) -> tuple[Launch, Tensor]:
     """dW[g] = sum over the group's rows of grad[row]^T x[row] -> (launch, [G, O, I]); exact zeros for a group without rows.
 
-    At most one of the operands is gathered, or both by the same index.
+    At most one of the operands is gathered.
     """
     from m2mkd_kernels.grouped_gemm.kernel import weight_grad_kernel
 
@@ -196,7 +197,7 @@ def prepare_weight_grad(
     check_operands(grad_SO, dw_GOI, offsets_G, grad_index, o)
     check_operands(x_SI, dw_GOI, offsets_G, x_index, i)
     index = grad_index or x_index
-    require(grad_index is None or x_index is None or grad_index == x_index, "two operands are gathered by one index only")
+    require(grad_index is None or x_index is None, "one of the two operands may be gathered, not both")
     num_rows = (grad_SO.shape[0], x_SI.shape[0]) if index is None else (index.index_R.shape[0],) * 2
     require(grad_index is not None or grad_SO.shape[0] == num_rows[1], f"gradient has {grad_SO.shape[0]} rows; it must have {num_rows[1]}")
     require(x_index is not None or x_SI.shape[0] == num_rows[0], f"x has {x_SI.shape[0]} rows; it must have {num_rows[0]}")
@@ -206,7 +207,8 @@ def prepare_weight_grad(
         (num_groups * cdiv(o, tiles.block_m) * cdiv(i, tiles.block_n),),
         {
             "dz_ptr": grad_SO, "x_ptr": x_SI, "index_ptr": grad_SO if index is None else index.index_R, "ends_ptr": offsets_G,
-            "dw_ptr": dw_GOI, "num_groups": num_groups, "O": o, "I": i, "stride_dz": grad_SO.stride(0), "stride_x": x_SI.stride(0),
+            "dw_ptr": dw_GOI, "num_groups": num_groups, "width_o": o, "width_i": i,
+            "stride_dz": grad_SO.stride(0), "stride_x": x_SI.stride(0),
         },
         {
             "GATHER_DZ": grad_index is not None, "GATHER_X": x_index is not None, "DIVISOR": 1 if index is None else index.divisor,

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m2mkd_kernels.bias_grad.launch import bias_grad
 from m2mkd_kernels.combine.launch import sum_choices
 from m2mkd_kernels.gather import Gather, check_gather
 from m2mkd_kernels.grouped_gemm.launch import Activation, RowIndex, prepare_gemm, prepare_weight_grad
-from m2mkd_kernels.runtime import row_major
+from m2mkd_kernels.runtime import first_order_only, row_major
 
 
 def grouped_gemm(
@@ -65,7 +64,7 @@ class _GroupedGemm(torch.autograd.Function):
         return out_RO
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
         x_RI, weight_GOI, offsets_G, z_RO = ctx.saved_tensors
         grad_RO = row_major(_activation_grad(grad_RO, z_RO, ctx.activation))

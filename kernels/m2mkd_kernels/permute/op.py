@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m2mkd_kernels.combine.launch import sum_choices
 from m2mkd_kernels.gather import Gather, check_gather
-from m2mkd_kernels.runtime import Launch, cdiv, check_rows, next_power_of_2, require, row_major, why_not
+from m2mkd_kernels.runtime import Launch, cdiv, check_rows, first_order_only, next_power_of_2, require, row_major, why_not
 
 
 def permute(x_TD: Tensor, gather: Gather) -> Tensor:
@@ -56,6 +55,6 @@ class _Permute(torch.autograd.Function):
         return gather_rows(row_major(x_TD), Gather(order_R, rows_TK, kept_TK))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order_only
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         return sum_choices(row_major(grad_RD), None, Gather(*ctx.saved_tensors)), None, None, None

@@ -9,14 +9,18 @@ from typing import cast
 
 import torch
 
-from m2mkd_ds.moe.backends import grouped, reference
+from m2mkd_ds.moe.backends import grouped, reference, triton
 from m2mkd_ds.moe.backends.contract import Activation, Backend, ExpertWeights
 
 __all__ = ["BACKENDS", "Activation", "Backend", "ExpertWeights", "get_backend"]
 
 logger = logging.getLogger("m2mkd_ds")
 
-BACKENDS: dict[str, Backend] = {"reference": cast(Backend, reference), "grouped": cast(Backend, grouped)}
+BACKENDS: dict[str, Backend] = {
+    "reference": cast(Backend, reference),
+    "grouped": cast(Backend, grouped),
+    "triton": cast(Backend, triton),
+}
 
 
 @cache
