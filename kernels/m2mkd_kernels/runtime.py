@@ -86,6 +86,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_usable(tensor: Tensor) -> None:
+    """ValueError with the reason if the kernels cannot run on the tensor; a meta tensor is let through, to prepare a launch."""
+    reason = "" if tensor.is_meta else why_not(tensor.device, tensor.dtype)
+    require(not reason, reason)
+
+
 def check_rows(name: str, rows: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """A matrix of the given device and dtype whose rows are contiguous (they may be apart, as in a slice)."""
     require(rows.dim() == 2, f"{name} has {rows.dim()} dimensions; it must be a matrix")

@@ -45,8 +45,15 @@ def test_combine_by_hand(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "width", "dropped", "dtype"),
-    [(127, 2, 40, False, F32), (13, 2, 300, True, F32), (9, 5, 17, False, F16), (33, 1, 64, True, BF16), (1, 1, 1, False, F32), (0, 2, 8, False, F32)],
-)  # fmt: skip
+    [
+        (127, 2, 40, False, F32),
+        (13, 2, 300, True, F32),
+        (9, 5, 17, False, F16),
+        (33, 1, 64, True, BF16),
+        (1, 1, 1, False, F32),
+        (0, 2, 8, False, F32),
+    ],
+)
 def test_combine_and_permute_follow_fp64(
     device: torch.device, num_tokens: int, top_k: int, width: int, dropped: bool, dtype: torch.dtype
 ) -> None:

@@ -16,6 +16,15 @@ def bias_grad(grad_SO: Tensor, offsets_G: Tensor, index: RowIndex | None = None,
 
     Exact zeros for a group without rows. `scale_N` (fp32) needs an index.
     """
+    launch, sums = prepare_row_sums(grad_SO, offsets_G, index, scale_N)
+    launch.run()
+    return sum_tiles(sums, offsets_G, BLOCK_M, grad_SO.dtype)
+
+
+def prepare_row_sums(
+    grad_SO: Tensor, offsets_G: Tensor, index: RowIndex | None = None, scale_N: Tensor | None = None
+) -> tuple[Launch, Tensor]:
+    """The launch of the first step and its output: fp32 sums over each tile of BLOCK_M rows, [tiles, O]."""
     from m2mkd_kernels.bias_grad.kernel import sum_rows_kernel
 
     num_groups, width = offsets_G.shape[0], grad_SO.shape[1]
@@ -25,7 +34,7 @@ def bias_grad(grad_SO: Tensor, offsets_G: Tensor, index: RowIndex | None = None,
     num_rows = grad_SO.shape[0] if index is None else index.index_R.shape[0]
     num_tiles = cdiv(num_rows, BLOCK_M) + num_groups
     sums = grad_SO.new_empty(num_tiles, width, dtype=torch.float32)
-    Launch(
+    launch = Launch(
         sum_rows_kernel,
         (num_tiles, cdiv(width, BLOCK_N)),
         {
@@ -39,25 +48,32 @@ def bias_grad(grad_SO: Tensor, offsets_G: Tensor, index: RowIndex | None = None,
         },
         4,
         3,
-    ).run()  # fmt: skip
-    return sum_tiles(sums, offsets_G, BLOCK_M, grad_SO.dtype)
+    )  # fmt: skip
+    return launch, sums
 
 
 def sum_tiles(sums: Tensor, offsets_G: Tensor, block_m: int, dtype: torch.dtype) -> Tensor:
     """[G, O]: for each group the sum of its row tiles' sums (fp32 [tiles, O]), which were taken over `block_m` rows each."""
+    launch, out_GO = prepare_sum_tiles(sums, offsets_G, block_m, dtype)
+    launch.run()
+    return out_GO
+
+
+def prepare_sum_tiles(sums: Tensor, offsets_G: Tensor, block_m: int, dtype: torch.dtype) -> tuple[Launch, Tensor]:
+    """The launch of `sum_tiles` and its output."""
     from m2mkd_kernels.bias_grad.kernel import sum_tiles_kernel
 
     num_groups, width = offsets_G.shape[0], sums.shape[1]
     out_GO = sums.new_empty(num_groups, width, dtype=dtype)
-    Launch(
+    launch = Launch(
         sum_tiles_kernel,
         (num_groups, cdiv(width, BLOCK_N)),
         {"sums_ptr": sums, "ends_ptr": offsets_G, "out_ptr": out_GO, "num_groups": num_groups, "width": width},
         {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_G": _block_g(num_groups)},
         4,
         3,
-    ).run()
-    return out_GO
+    )
+    return launch, out_GO
 
 
 def _block_g(num_groups: int) -> int:

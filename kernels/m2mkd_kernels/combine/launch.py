@@ -6,18 +6,25 @@ import torch
 from torch import Tensor
 
 from m2mkd_kernels.gather import Gather, check_gather, check_weights
-from m2mkd_kernels.runtime import Launch, cdiv, check_rows, next_power_of_2, require, why_not
+from m2mkd_kernels.runtime import Launch, cdiv, check_rows, next_power_of_2, require, require_usable
 
 
 def sum_choices(rows_RD: Tensor, weights_TK: Tensor | None, gather: Gather) -> Tensor:
     """y[t] = sum over kept choices of weights[t, k] * rows[rows[t, k]] (without weights the plain sum), in fp32 -> [T, D]."""
+    launch, out_TD = prepare_sum_choices(rows_RD, weights_TK, gather)
+    launch.run()
+    return out_TD
+
+
+def prepare_sum_choices(rows_RD: Tensor, weights_TK: Tensor | None, gather: Gather) -> tuple[Launch, Tensor]:
+    """The launch of `sum_choices` and its output."""
     from m2mkd_kernels.combine.kernel import combine_kernel
 
     num_tokens, width = gather.rows_TK.shape[0], rows_RD.shape[1]
     _check(rows_RD, gather)
     out_TD = rows_RD.new_empty(num_tokens, width)
     block_d = min(256, max(16, next_power_of_2(width)))
-    Launch(
+    launch = Launch(
         combine_kernel,
         (cdiv(num_tokens, 8), cdiv(width, block_d)),
         {
@@ -30,8 +37,8 @@ def sum_choices(rows_RD: Tensor, weights_TK: Tensor | None, gather: Gather) -> T
         },
         4,
         3,
-    ).run()  # fmt: skip
-    return out_TD
+    )  # fmt: skip
+    return launch, out_TD
 
 
 def combine_backward(
@@ -41,6 +48,17 @@ def combine_backward(
 
     Rows that no choice names are left uninitialised in the first; a choice that is not kept has zero in the second.
     """
+    launch, drows_RD, dweights_TK = prepare_combine_backward(
+        grad_TD, rows_RD, weights_TK, gather, want_rows=want_rows, want_weights=want_weights
+    )
+    launch.run()
+    return drows_RD, dweights_TK
+
+
+def prepare_combine_backward(
+    grad_TD: Tensor, rows_RD: Tensor, weights_TK: Tensor, gather: Gather, *, want_rows: bool, want_weights: bool
+) -> tuple[Launch, Tensor | None, Tensor | None]:
+    """The launch of `combine_backward` and its outputs."""
     from m2mkd_kernels.combine.kernel import combine_backward_kernel
 
     num_tokens, width = gather.rows_TK.shape[0], rows_RD.shape[1]
@@ -50,7 +68,7 @@ def combine_backward(
     drows_RD = rows_RD.new_empty(rows_RD.shape) if want_rows else None
     dweights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format) if want_weights else None
     block_d = min(256, max(16, next_power_of_2(width)))
-    Launch(
+    launch = Launch(
         combine_backward_kernel,
         (cdiv(num_tokens, 4),),
         {
@@ -65,8 +83,8 @@ def combine_backward(
         },
         4,
         3,
-    ).run()  # fmt: skip
-    return drows_RD, dweights_TK
+    )  # fmt: skip
+    return launch, drows_RD, dweights_TK
 
 
 def _choice_pointers(gather: Gather) -> dict[str, Tensor]:
@@ -75,8 +93,7 @@ def _choice_pointers(gather: Gather) -> dict[str, Tensor]:
 
 
 def _check(rows_RD: Tensor, gather: Gather) -> None:
-    reason = why_not(rows_RD.device, rows_RD.dtype)
-    require(not reason, reason)
+    require_usable(rows_RD)
     check_rows("rows", rows_RD, rows_RD.device, rows_RD.dtype)
     require(rows_RD.shape[0] == gather.num_rows, f"there are {rows_RD.shape[0]} rows; the plan has {gather.num_rows}")
     check_gather(gather, gather.rows_TK.shape[0], rows_RD.device)

@@ -11,13 +11,22 @@ from m2mkd_kernels.runtime import Launch, cdiv, next_power_of_2
 
 def routing_grad(row_dots: Tensor, grad_TD: Tensor, down_bias_ED: Tensor, offsets_E: Tensor, gather: Gather) -> Tensor:
     """fp32 [T, K]: <grad[t], output row of the choice>, from `row_dots` [R, parts] of the activation's backward; 0 if not kept."""
+    launch, out_TK = prepare_routing_grad(row_dots, grad_TD, down_bias_ED, offsets_E, gather)
+    launch.run()
+    return out_TK
+
+
+def prepare_routing_grad(
+    row_dots: Tensor, grad_TD: Tensor, down_bias_ED: Tensor, offsets_E: Tensor, gather: Gather
+) -> tuple[Launch, Tensor]:
+    """The launch of `routing_grad` and its output."""
     from m2mkd_kernels.expert_ffn.kernel import routing_grad_kernel
 
     num_tokens, top_k = gather.rows_TK.shape
     num_experts, width = down_bias_ED.shape
     out_TK = grad_TD.new_empty(num_tokens, top_k, dtype=torch.float32)
     kept_TK = gather.rows_TK if gather.kept_TK is None else gather.kept_TK.view(torch.uint8)
-    Launch(
+    launch = Launch(
         routing_grad_kernel,
         (cdiv(num_tokens, 4),),
         {
@@ -31,5 +40,5 @@ def routing_grad(row_dots: Tensor, grad_TD: Tensor, down_bias_ED: Tensor, offset
         },
         4,
         3,
-    ).run()  # fmt: skip
-    return out_TK
+    )  # fmt: skip
+    return launch, out_TK

@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from m2mkd_kernels.configs import TileConfig, choose_tiles
-from m2mkd_kernels.runtime import MAX_MATRIX, Launch, cdiv, check_offsets, check_rows, dot_options, next_power_of_2, require, why_not
+from m2mkd_kernels.configs import KernelName, TileConfig, choose_tiles
+from m2mkd_kernels.runtime import MAX_MATRIX, Launch, cdiv, check_offsets, check_rows, dot_options, next_power_of_2, require, require_usable
 
 Activation = Literal["none", "gelu", "swiglu"]
-ACTIVATIONS = ("none", "gelu", "swiglu")
+GEMM_NAMES: dict[Activation, KernelName] = {"none": "gemm", "gelu": "gemm_gelu", "swiglu": "gemm_swiglu"}
 
 
 class RowIndex(NamedTuple):
@@ -25,14 +25,17 @@ class RowIndex(NamedTuple):
     divisor: int = 1
 
 
-def check_operands(x_SI: Tensor, weight_GOI: Tensor, offsets_G: Tensor, index: RowIndex | None, reads_width: int) -> None:
-    """What all launches need of rows, weight, offsets and index. Raises ValueError."""
+def check_weight(weight_GOI: Tensor) -> None:
+    """A stack of matrices. Raises ValueError."""
     shape = tuple(weight_GOI.shape)
     require(len(shape) == 3 and 0 not in shape, f"weight has shape {shape}; it must be [G, O, I] without a zero")
+
+
+def check_operands(x_SI: Tensor, weight_GOI: Tensor, offsets_G: Tensor, index: RowIndex | None, reads_width: int) -> None:
+    """What all launches need of rows, weight, offsets and index. Raises ValueError."""
     require(weight_GOI.is_contiguous(), "weight must be contiguous")
     require(weight_GOI[0].numel() <= MAX_MATRIX, f"one group's matrix has {weight_GOI[0].numel()} elements; at most {MAX_MATRIX}")
-    reason = "" if x_SI.is_meta else why_not(x_SI.device, x_SI.dtype)
-    require(not reason, reason)
+    require_usable(x_SI)
     check_rows("rows", x_SI, weight_GOI.device, weight_GOI.dtype)
     require(x_SI.shape[1] == reads_width, f"rows are {x_SI.shape[1]} wide; the weight wants {reads_width}")
     check_offsets(offsets_G, weight_GOI.shape[0], weight_GOI.device)
@@ -60,7 +63,8 @@ def prepare_gemm(
     """
     from m2mkd_kernels.grouped_gemm.kernel import gemm_kernel
 
-    require(activation in ACTIVATIONS, f"activation is {activation!r}; allowed is `none`, `gelu` or `swiglu`")
+    require(activation in GEMM_NAMES, f"activation is {activation!r}; allowed is `none`, `gelu` or `swiglu`")
+    check_weight(weight_GOI)
     num_groups, rows_out, width_in = weight_GOI.shape
     k, n = (rows_out, width_in) if transposed else (width_in, rows_out)
     check_operands(x_SI, weight_GOI, offsets_G, index, k)
@@ -73,7 +77,7 @@ def prepare_gemm(
     n_half = n // 2 if activation == "swiglu" else n
     z_RO = x_SI.new_empty(num_rows, n) if want_z else None
     h_RO = x_SI.new_empty(num_rows, n_half) if want_h else None
-    tiles = tiles or choose_tiles("gemm_swiglu" if activation == "swiglu" else "gemm", x_SI.dtype, num_rows, num_groups)
+    tiles = tiles or choose_tiles(GEMM_NAMES[activation], x_SI.dtype, num_rows, num_groups)
     num_m = cdiv(num_rows, tiles.block_m) + num_groups
     launch = Launch(
         gemm_kernel,
@@ -91,7 +95,7 @@ def prepare_gemm(
             "ACTIVATION": activation, "GATHER": index is not None, "DIVISOR": 1 if index is None else index.divisor,
             "HAS_BIAS": bias_GO is not None, "STORE_Z": want_z, "STORE_H": want_h,
             **_tile_constants(tiles, num_groups), "EVEN_K": k % tiles.block_k == 0, "EVEN_N": n_half % tiles.block_n == 0,
-            **dot_options(x_SI.dtype),
+            "FAST_ERF": x_SI.dtype != torch.float32, **dot_options(x_SI.dtype),
         },
         tiles.num_warps,
         tiles.num_stages,
@@ -133,6 +137,7 @@ def prepare_act_grad(
     """
     from m2mkd_kernels.grouped_gemm.kernel import act_grad_kernel
 
+    check_weight(weight_GOF)
     num_groups, k, n = weight_GOF.shape
     require(activation in ("gelu", "swiglu"), f"activation is {activation!r}; allowed is `gelu` or `swiglu`")
     check_operands(grad_SO, weight_GOF, offsets_G, index, k)
@@ -169,7 +174,7 @@ def prepare_act_grad(
             "ACTIVATION": activation, "GATHER": index is not None, "DIVISOR": 1 if index is None else index.divisor,
             "HAS_SCALE": scale_N is not None, "STORE_H": want_h, "SUM_COLUMNS": want_column_sums, "DOT_ROWS": want_row_dots,
             **_tile_constants(tiles, num_groups), "EVEN_K": k % tiles.block_k == 0, "EVEN_N": n % tiles.block_n == 0,
-            **dot_options(grad_SO.dtype),
+            "FAST_ERF": grad_SO.dtype != torch.float32, **dot_options(grad_SO.dtype),
         },
         tiles.num_warps,
         tiles.num_stages,
@@ -194,6 +199,7 @@ def prepare_weight_grad(
 
     num_groups, o, i = offsets_G.shape[0], grad_SO.shape[1], x_SI.shape[1]
     dw_GOI = grad_SO.new_empty(num_groups, o, i)
+    check_weight(dw_GOI)
     check_operands(grad_SO, dw_GOI, offsets_G, grad_index, o)
     check_operands(x_SI, dw_GOI, offsets_G, x_index, i)
     index = grad_index or x_index

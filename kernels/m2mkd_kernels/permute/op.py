@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m2mkd_kernels.combine.launch import sum_choices
 from m2mkd_kernels.gather import Gather, check_gather
-from m2mkd_kernels.runtime import Launch, cdiv, check_rows, first_order_only, next_power_of_2, require, row_major, why_not
+from m2mkd_kernels.runtime import Launch, cdiv, check_rows, first_order_only, next_power_of_2, require_usable, row_major
 
 
 def permute(x_TD: Tensor, gather: Gather) -> Tensor:
@@ -25,16 +25,22 @@ def permute(x_TD: Tensor, gather: Gather) -> Tensor:
 
 def gather_rows(x_TD: Tensor, gather: Gather) -> Tensor:
     """`permute` without autograd."""
+    launch, out_RD = prepare_permute(x_TD, gather)
+    launch.run()
+    return out_RD
+
+
+def prepare_permute(x_TD: Tensor, gather: Gather) -> tuple[Launch, Tensor]:
+    """The launch of `gather_rows` and its output."""
     from m2mkd_kernels.permute.kernel import permute_kernel
 
-    reason = why_not(x_TD.device, x_TD.dtype)
-    require(not reason, reason)
+    require_usable(x_TD)
     check_rows("x", x_TD, x_TD.device, x_TD.dtype)
     check_gather(gather, x_TD.shape[0], x_TD.device)
     num_rows, width = gather.num_rows, x_TD.shape[1]
     out_RD = x_TD.new_empty(num_rows, width)
     block_d = min(256, max(16, next_power_of_2(width)))
-    Launch(
+    launch = Launch(
         permute_kernel,
         (cdiv(num_rows, 8), cdiv(width, block_d)),
         {
@@ -44,8 +50,8 @@ def gather_rows(x_TD: Tensor, gather: Gather) -> Tensor:
         {"DIVISOR": gather.top_k, "BLOCK_R": 8, "BLOCK_D": block_d},
         4,
         3,
-    ).run()  # fmt: skip
-    return out_RD
+    )  # fmt: skip
+    return launch, out_RD
 
 
 class _Permute(torch.autograd.Function):
