@@ -70,11 +70,9 @@ class _ExpertFfn(torch.autograd.Function):
         rows_RD, offsets_E, z_RU, up_EUD, down_EDF = ctx.saved_tensors
         want_rows, _, _, *wants = ctx.needs_input_grad
         grad_RD = row_major(grad_RD)
-        launch, act = prepare_act_grad(
-            grad_RD, down_EDF, z_RU, offsets_E, activation=ctx.activation, want_h=wants[2], want_column_sums=wants[1]
-        )
-        launch.run()
+        act = _act_grad(grad_RD, down_EDF, z_RU, offsets_E, activation=ctx.activation, want_h=wants[2], want_column_sums=wants[1])
         down_grads = _down_grads(grad_RD, act, offsets_E, None, None, wants[2], wants[3])
+        act = act._replace(h_RF=None)  # its memory is free before the next results need theirs
         up_grads = _up_grads(act, rows_RD, offsets_E, None, wants[0], wants[1])
         drows_RD = _rows_grad(act, up_EUD, offsets_E) if want_rows else None
         return drows_RD, None, None, *up_grads, *down_grads
@@ -100,7 +98,7 @@ class _ExpertLayer(torch.autograd.Function):
         index = RowIndex(gather.order_R, gather.top_k)
         want_x, want_weights, _, _, *wants = ctx.needs_input_grad
         grad_TD = row_major(grad_TD)
-        launch, act = prepare_act_grad(
+        act = _act_grad(
             grad_TD,
             down_EDF,
             z_RU,
@@ -112,12 +110,12 @@ class _ExpertLayer(torch.autograd.Function):
             want_column_sums=wants[1],
             want_row_dots=want_weights,
         )
-        launch.run()
         dweights_TK = None
         if want_weights:
             assert act.row_dots is not None
             dweights_TK = routing_grad(act.row_dots, grad_TD, down_bias_ED, offsets_E, gather)
         down_grads = _down_grads(grad_TD, act, offsets_E, index, weights_TK, wants[2], wants[3])
+        act = act._replace(h_RF=None)  # its memory is free before the next results need theirs
         up_grads = _up_grads(act, x_TD, offsets_E, index, wants[0], wants[1])
         dx_TD = sum_choices(_rows_grad(act, up_EUD, offsets_E), None, gather) if want_x else None
         return dx_TD, dweights_TK, None, None, *up_grads, *down_grads, None, None, None
@@ -148,6 +146,13 @@ def _forward(
     up.run()
     down.run()
     return out_RD, z_RU
+
+
+def _act_grad(*tensors: Tensor, **options: Any) -> ActGrad:
+    """`prepare_act_grad`, run. A function of its own, so that nothing else holds on to h."""
+    launch, act = prepare_act_grad(*tensors, **options)
+    launch.run()
+    return act
 
 
 def _down_grads(
