@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2mkd_kernels.expert_ffn.naive import expert_ffn_naive
 from m2mkd_kernels.expert_ffn.op import FfnWeights, expert_ffn, expert_layer
@@ -155,6 +157,33 @@ def test_strided_tokens_expanded_gradients_and_frozen_weights(device: torch.devi
         out = run(leaf)
         out.sum().backward()  # a gradient with stride 0 everywhere
         assert torch.equal(out, run(x)) and torch.equal(leaf.grad, plain.grad)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.seen.append(tuple(out.shape))
+        return out
+
+
+def test_z_is_written_only_where_a_backward_may_come(device: torch.device) -> None:
+    gather, offsets = make_gather(some_ids(5, 2, 3), 3)
+    gather = gather._replace(order_R=gather.order_R.to(device), rows_TK=gather.rows_TK.to(device))
+    (x, routing, *weights), _ = layer_inputs(5, 2, 3, 8, 33, F32, False)
+    x = x.to(device).requires_grad_()
+    counts = []
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled), Shapes() as shapes:
+            expert_layer(x, routing.to(device), gather, offsets.to(device), FfnWeights(*(w.to(device) for w in weights)))
+        counts.append(shapes.seen.count((10, 33)))
+    assert counts == [2, 1]  # z and h; h alone
 
 
 def test_there_is_no_second_order_gradient(device: torch.device) -> None:

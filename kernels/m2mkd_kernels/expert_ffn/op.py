@@ -42,7 +42,7 @@ def expert_ffn(rows_RD: Tensor, offsets_E: Tensor, weights: FfnWeights, activati
     Rows at and beyond the last end offset are not read; the output and the gradient there are unspecified.
     Raises ValueError for shapes, dtypes and strides that the kernels do not take. There are no second-order gradients.
     """
-    return _ExpertFfn.apply(rows_RD, offsets_E, activation, *weights)
+    return _ExpertFfn.apply(rows_RD, offsets_E, (activation, torch.is_grad_enabled()), *weights)
 
 
 def expert_layer(
@@ -52,14 +52,18 @@ def expert_layer(
 
     Raises ValueError as `expert_ffn` does.
     """
-    return _ExpertLayer.apply(x_TD, weights_TK, offsets_E, activation, *weights, *gather)
+    return _ExpertLayer.apply(x_TD, weights_TK, offsets_E, (activation, torch.is_grad_enabled()), *weights, *gather)
+
+
+# Both functions are told whether gradients are on: inside `forward` they never are, and `needs_input_grad` does not know of no_grad.
 
 
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, offsets_E: Tensor, activation: Activation, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, offsets_E: Tensor, how: tuple[Activation, bool], *weights: Tensor) -> Tensor:
+        activation, grad_enabled = how
         rows_RD, ffn = row_major(rows_RD), _contiguous(weights)
-        out_RD, z_RU = _forward(rows_RD, offsets_E, ffn, activation, None, keep_z=any(ctx.needs_input_grad))
+        out_RD, z_RU = _forward(rows_RD, offsets_E, ffn, activation, None, keep_z=grad_enabled and any(ctx.needs_input_grad))
         ctx.activation = activation
         ctx.save_for_backward(rows_RD, offsets_E, z_RU, ffn.up_EUD, ffn.down_EDF)
         return out_RD
@@ -80,12 +84,13 @@ class _ExpertFfn(torch.autograd.Function):
 
 class _ExpertLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, offsets_E: Tensor, activation: Activation, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, offsets_E: Tensor, how: tuple[Activation, bool], *tensors: Any) -> Tensor:
+        activation, grad_enabled = how
         ffn, gather = _contiguous(tensors[:4]), Gather(*tensors[4:])
         check_gather(gather, x_TD.shape[0], x_TD.device)
         x_TD, weights_TK = row_major(x_TD), contiguous_weights(weights_TK, gather)
         index = RowIndex(gather.order_R, gather.top_k)
-        out_RD, z_RU = _forward(x_TD, offsets_E, ffn, activation, index, keep_z=any(ctx.needs_input_grad))
+        out_RD, z_RU = _forward(x_TD, offsets_E, ffn, activation, index, keep_z=grad_enabled and any(ctx.needs_input_grad))
         ctx.activation = activation
         ctx.save_for_backward(x_TD, weights_TK, offsets_E, z_RU, ffn.up_EUD, ffn.down_EDF, ffn.down_bias_ED, *gather)
         return sum_choices(out_RD, weights_TK, gather)

@@ -32,7 +32,7 @@ def grouped_gemm(
     Rows at and beyond the last end offset are not read; the output there and its part of the gradient of x are unspecified.
     Raises ValueError for shapes, dtypes and strides that the kernels do not take. There are no second-order gradients.
     """
-    return _GroupedGemm.apply(x_RI, weight_GOI, bias_GO, offsets_G, activation, gather)
+    return _GroupedGemm.apply(x_RI, weight_GOI, bias_GO, offsets_G, activation, gather, torch.is_grad_enabled())
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -45,6 +45,7 @@ class _GroupedGemm(torch.autograd.Function):
         offsets_G: Tensor,
         activation: Activation,
         gather: Gather | None,
+        grad_enabled: bool,
     ) -> Tensor:
         index = None
         if gather is not None:
@@ -52,7 +53,7 @@ class _GroupedGemm(torch.autograd.Function):
             index = RowIndex(gather.order_R, gather.top_k)
         x_RI, weight_GOI = row_major(x_RI), weight_GOI.contiguous()
         active = activation != "none"
-        want_z = not active or any(ctx.needs_input_grad)
+        want_z = not active or (grad_enabled and any(ctx.needs_input_grad))
         launch, z_RO, h_RO = prepare_gemm(
             x_RI, weight_GOI, bias_GO, offsets_G, activation=activation, index=index, want_z=want_z, want_h=active
         )
@@ -81,7 +82,7 @@ class _GroupedGemm(torch.autograd.Function):
             launch.run()
         if want_bias:
             dbias_GO = bias_grad(grad_RO, offsets_G)
-        return dx_RI, dweight_GOI, dbias_GO, None, None, None
+        return dx_RI, dweight_GOI, dbias_GO, None, None, None, None
 
 
 def _activation_grad(grad_RO: Tensor, z_RO: Tensor | None, activation: Activation) -> Tensor:
