@@ -22,6 +22,8 @@ DEFERRED_MARKERS = ("slow", "multinode")
 DEAD_PROXY = "http://127.0.0.1:9"  # the discard port: a child process that tries the network fails at once
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels run on the CPU; triton looks once, when it is first imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"

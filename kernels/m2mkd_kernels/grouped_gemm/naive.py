@@ -13,7 +13,12 @@ from torch import Tensor
 
 
 def grouped_gemm_naive(
-    rows_RI: Tensor, weight_GOI: Tensor, bias_GO: Tensor | None, offsets_G: Tensor, *, activation: Literal["none", "gelu", "swiglu"] = "none"
+    rows_RI: Tensor,
+    weight_GOI: Tensor,
+    bias_GO: Tensor | None,
+    offsets_G: Tensor,
+    *,
+    activation: Literal["none", "gelu", "swiglu"] = "none",
 ) -> Tensor:
     """out[r] = activation(weight[g] @ rows[r] + bias[g]) for the group g that owns row r -> [R, O] (swiglu: [R, O/2]).
 

@@ -1,0 +1,1 @@
+"""Gradient of a group's bias: sums of a group's rows."""

@@ -1,0 +1,1 @@
+"""Tokens to rows, and the gradient of rows back to tokens."""

@@ -1,0 +1,160 @@
+"""Where the Triton kernels can run, and what every launch needs: device guard, precision of fp32 products, checks of tensors.
+
+Importing this file imports no triton: TRITON_INTERPRET has to stand in the environment before triton is first imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+MAX_MATRIX = 2**31 - 1  # elements of one group's matrix: offsets inside it are int32, offsets of rows and groups are int64
+
+
+def interpreting() -> bool:
+    """Whether triton runs (or, not yet imported, would run) kernels in its interpreter."""
+    if "triton" in sys.modules:
+        import triton
+
+        return bool(triton.knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run with this device and dtype, or an empty string."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if dtype not in DTYPES:
+        return f"the kernels compute in float32, bfloat16 or float16, given {dtype}"
+    if interpreting():
+        import triton.language as tl
+        from triton.runtime.jit import JITFunction
+
+        if isinstance(tl.sum, JITFunction):
+            return "TRITON_INTERPRET was set after triton had been imported; set it before the process starts"
+        return ""
+    if device.type != "cuda":
+        return f"triton needs a CUDA device, given {device.type!r}; set TRITON_INTERPRET=1 before the start to run its (slow) interpreter"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"the kernels need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, {name} is older"
+    return ""
+
+
+@contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
+
+
+def dot_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time constants of every kernel with a dot product.
+
+    PRECISION: fp32 products are exact IEEE ones unless torch's own matmul may use tf32.
+    UPCAST: the interpreter keeps bf16 as 16-bit integers and would multiply those, so there the operands become fp32 first.
+    """
+    precision = "tf32" if dtype == torch.float32 and not interpreting() and torch_allows_tf32() else "ieee"
+    return {"PRECISION": precision, "UPCAST": interpreting() and dtype == torch.bfloat16}
+
+
+def torch_allows_tf32() -> bool:
+    """Whether torch's fp32 matrix products may use tf32."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    return bool(setting == "tf32")
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_usable(tensor: Tensor) -> None:
+    """ValueError with the reason if the kernels cannot run on the tensor; a meta tensor is let through, to prepare a launch."""
+    reason = "" if tensor.is_meta else why_not(tensor.device, tensor.dtype)
+    require(not reason, reason)
+
+
+def check_rows(name: str, rows: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """A matrix of the given device and dtype whose rows are contiguous (they may be apart, as in a slice)."""
+    require(rows.dim() == 2, f"{name} has {rows.dim()} dimensions; it must be a matrix")
+    require(rows.dtype == dtype, f"{name} is {rows.dtype}; it must be {dtype} like the other tensors")
+    require(rows.device == device, f"{name} is on {rows.device}; it must be on {device} like the other tensors")
+    require(rows.shape[1] <= 1 or rows.stride(1) == 1, f"{name} has stride {rows.stride(1)} inside a row; make it contiguous")
+
+
+def check_offsets(offsets_G: Tensor, num_groups: int, device: torch.device) -> None:
+    """int32 end offsets, one a group. Values are not looked at: that would wait for the GPU."""
+    require(offsets_G.dtype == torch.int32, f"offsets are {offsets_G.dtype}; they must be int32")
+    require(offsets_G.shape == (num_groups,), f"offsets have shape {tuple(offsets_G.shape)}; one end a group is needed, ({num_groups},)")
+    require(offsets_G.is_contiguous(), "offsets must be contiguous")
+    require(offsets_G.device == device, f"offsets are on {offsets_G.device}; they must be on {device} like the other tensors")
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous in memory and do not overlap, else a contiguous copy."""
+    usable = tensor.shape[1] <= 1 or tensor.stride(1) == 1
+    spread = tensor.shape[0] <= 1 or tensor.stride(0) >= tensor.shape[1]
+    return tensor if usable and spread else tensor.contiguous()
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a backward that cannot be differentiated itself: an error under create_graph=True.
+
+    torch's `once_differentiable` lets it pass, with second-order terms silently missing, when the incoming gradient is a constant.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the Triton kernels have no second-order gradients: call backward without create_graph=True")
+        return backward(ctx, *grads)
+
+    return guarded
+
+
+def next_power_of_2(value: int) -> int:
+    """Smallest power of two that is not below `value` (at least 1)."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def cdiv(value: int, divisor: int) -> int:
+    """Division rounded up."""
+    return -(-value // divisor)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call, made ready and not yet run, so that a test can compile it for a GPU that is not there."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Enqueue it on the current stream of the tensors' device; an empty grid is no work."""
+        if 0 in self.grid:
+            return
+        first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        with on_device_of(first):
+            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

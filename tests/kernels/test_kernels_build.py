@@ -1,0 +1,26 @@
+"""The kernels become machine code of Hopper, on a machine without a GPU: no register spills, shared memory fits, tensor cores used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_KIB = 227
+
+
+@pytest.mark.parametrize(("size", "num_launches"), [("large", 14), ("small", 8)])
+def test_bf16_kernels_build_for_sm_90_without_spills(size: str, num_launches: int) -> None:
+    # A process of its own: where triton interprets, it cannot compile.
+    command = [sys.executable, "-m", "m2mkd_kernels.build_report", "--dtype", "bfloat16", "--size", size]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = [line.rsplit(maxsplit=7) for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == num_launches
+    for name, _tile, _warps, _stages, registers, spilled, shared, wgmma in rows:
+        assert int(registers) <= 255 and int(spilled) == 0, name
+        assert float(shared) <= SHARED_KIB, name
+        assert (wgmma == "True") == name.startswith(("up", "down", "rows", "act")), name
