@@ -69,8 +69,9 @@ def test_paired_interval_holds_the_truth_in_95_of_100_samples() -> None:
 
 def score(hits: list[int], predictions: list[int] | None = None, *, block_load: list[int] | None = None) -> Score:
     load = {0: torch.tensor(block_load)} if block_load else {}
+    entropy_sum, drop_sum = ({0: 3.0}, {0: 0.2}) if load else ({}, {})
     answers = torch.tensor(predictions if predictions is not None else hits)
-    return Score(len(hits), sum(hits), len(hits), 0.5 * len(hits), answers, torch.tensor(hits), load, {0: 3.0} if load else {}, {0: 0.2} if load else {})
+    return Score(len(hits), sum(hits), len(hits), 0.5 * len(hits), answers, torch.tensor(hits), load, entropy_sum, drop_sum)
 
 
 def test_student_and_baseline_are_compared_image_by_image() -> None:
