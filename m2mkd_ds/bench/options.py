@@ -11,7 +11,7 @@ Level = Literal["ffn", "layer", "a2a", "step"]
 LEVELS: tuple[Level, ...] = ("layer", "ffn", "a2a", "step")
 """In the order in which they are measured: what matters most comes first, and gets its rounds."""
 
-Routing = Literal["balanced", "zipf", "router"]
+Routing = Literal["balanced", "zipf", "router", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,11 @@ class ExpertBench:
     activation: Literal["gelu", "swiglu"] = "gelu"
     """Of the experts; DeepSpeed's and Tutel's layers stand for gelu only."""
     routing: tuple[Routing, ...] = ("balanced", "zipf", "router")
-    """balanced: equal load. zipf: expert n is wanted 1/n as much as the first. router: what a fresh router does with random tokens."""
+    """balanced: equal load. zipf: expert n is wanted 1/n as much as the first. router: what a fresh router does with random tokens.
+    run: experts wanted as often as in a trained student, see --load-from."""
+    load_from: Path | None = None
+    """For routing `run`: a run folder. Its evaluation says how many rows each expert of the final student got; the most uneven block
+    is taken."""
     peers: tuple[str, ...] = ()
     """Names of peers to measure; default all but `reference`, which is slow and serves as the oracle in any case."""
     iters: int = 0
@@ -69,7 +73,9 @@ class ExpertBench:
                 f"--experts is {self.experts} and --dim {self.dim}; a wanted routing needs one direction an expert, so at most as many"
             )
         if not self.routing:
-            raise ValueError("--routing is empty; give one or several of balanced, zipf, router")
+            raise ValueError("--routing is empty; give one or several of balanced, zipf, router, run")
+        if ("run" in self.routing) != (self.load_from is not None):
+            raise ValueError("--routing run and --load-from RUN belong together: give both or neither")
         if self.budget_s < 0:
             raise ValueError(f"--budget-s is {self.budget_s:g}; give seconds, or 0 for no limit")
 

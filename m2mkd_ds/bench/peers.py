@@ -23,10 +23,10 @@ def names_at(level: Level) -> list[str]:
 
 
 def chosen(options: ExpertBench, level: Level, routing: Routing) -> list[str]:
-    """The peers to measure at a level. Not named, `deepspeed_capacity` stands beside zipf only: with equal loads it drops nothing."""
+    """The peers to measure at a level. Not named, `deepspeed_capacity` stands beside uneven loads only: else it drops nothing."""
     if options.peers:
         return [name for name in names_at(level) if name in options.peers or level == "a2a"]
-    skipped = {SLOW} if routing == "zipf" else {SLOW, "deepspeed_capacity"}
+    skipped = {SLOW} if routing in ("zipf", "run") else {SLOW, "deepspeed_capacity"}
     return [name for name in names_at(level) if name not in skipped]
 
 

@@ -7,6 +7,7 @@ peers need no switch for forced routing. Shape letters: T tokens, D width, E exp
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -85,18 +86,36 @@ def make_workload(options: ExpertBench, routing: Routing, *, rank: int, device: 
 
 def wanted_experts(options: ExpertBench, routing: Routing, generator: torch.Generator) -> Tensor:
     """int64 [T, K], no expert twice for a token. balanced: loads differ by one at most. zipf: drawn with probability 1/1, 1/2, 1/3, ...
+    run: drawn as often as in a trained student.
 
-    (A token's K zipf experts are drawn without replacement, by the Gumbel trick.)
+    (A token's K experts are drawn without replacement, by the Gumbel trick, which evens out the load of K > 1 a little.)
     """
     num_tokens, num_experts, top_k = options.tokens, options.experts, options.top_k
     if routing == "balanced":
         # K consecutive numbers modulo E differ, and T*K consecutive ones fill all experts alike.
         ids_TK = torch.arange(num_tokens * top_k).view(num_tokens, top_k) % num_experts
         return ids_TK[torch.randperm(num_tokens, generator=generator)]
-    ranks_E = torch.arange(1, num_experts + 1, dtype=torch.float64)
+    shares_E = trained_load(options) if routing == "run" else 1 / torch.arange(1, num_experts + 1, dtype=torch.float64)
     uniform_TE = torch.rand(num_tokens, num_experts, generator=generator, dtype=torch.float64).clamp_min(1e-12)
     gumbel_TE = -(-uniform_TE.log()).log()
-    return (gumbel_TE - ranks_E.log()).topk(top_k, dim=1).indices
+    return (gumbel_TE + shares_E.log()).topk(top_k, dim=1).indices
+
+
+def trained_load(options: ExpertBench) -> Tensor:
+    """Rows of each expert [E], fp64, of the most uneven block of the final student of the run in --load-from; none below one row.
+
+    Raises ValueError when the run was not evaluated, or its student has another number of experts.
+    """
+    assert options.load_from is not None  # `check` saw to it
+    file = options.load_from / "evaluate" / "results.json"
+    if not file.is_file():
+        raise ValueError(f"--load-from {options.load_from}: there is no {file}; give the folder of a run that was evaluated")
+    blocks = json.loads(file.read_text()).get("expert_load", {}).get("student", {})
+    loads = [torch.tensor(load, dtype=torch.float64) for load in blocks.values()]
+    if not loads or any(load.numel() != options.experts for load in loads):
+        found = sorted({load.numel() for load in loads}) or "no"
+        raise ValueError(f"--load-from {options.load_from}: its student has {found} experts and --experts is {options.experts}; make them equal")
+    return max(loads, key=lambda load: float(load.max() / load.mean())).clamp_min(1)
 
 
 def steered_tokens(ids_TK: Tensor, directions_ED: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from m2mkd_ds import __version__
 from m2mkd_ds.distributed.world import has_fast_bf16
+from m2mkd_ds.moe.backends import BACKENDS
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "transformers", "safetensors", "numpy", "pillow")
 OPTIONAL = {"triton": "own kernels", "tutel": "peer MoE layer", "tensorboard": "tensorboard=true"}
@@ -31,6 +32,10 @@ def describe_machine() -> str:
         lines.append("GPU           none: the launcher starts CPU ranks (gloo); pass launch.num_gpus=N for N of them")
     fast = has_fast_bf16(device)
     lines.append(f"precision     auto means {'bf16' if fast else 'fp32'} here ({device.type} {'has' if fast else 'has no'} bf16 units)")
+    dtype = torch.bfloat16 if fast else torch.float32
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not(device=device, dtype=dtype, dim=768, hidden=3072, activation="gelu")  # V-MoE-Base
+        lines.append(f"{'experts':13} moe.backend={name}: {'not here: ' + reason if reason else 'runs'}")
     for name, use in OPTIONAL.items():
         try:
             importlib.import_module(name)
