@@ -114,7 +114,9 @@ def trained_load(options: ExpertBench) -> Tensor:
     loads = [torch.tensor(load, dtype=torch.float64) for load in blocks.values()]
     if not loads or any(load.numel() != options.experts for load in loads):
         found = sorted({load.numel() for load in loads}) or "no"
-        raise ValueError(f"--load-from {options.load_from}: its student has {found} experts and --experts is {options.experts}; make them equal")
+        raise ValueError(
+            f"--load-from {options.load_from}: its student has {found} experts and --experts is {options.experts}; make them equal"
+        )
     return max(loads, key=lambda load: float(load.max() / load.mean())).clamp_min(1)
 
 

@@ -36,6 +36,22 @@ def workload(routing: Any, dtype: torch.dtype = torch.float32, **sizes: Any) -> 
     return make_workload(options, routing, rank=0, device=CPU, dtype=dtype)
 
 
+def test_the_load_of_a_trained_student_is_met_in_its_most_uneven_block(tmp_path: Path) -> None:
+    (tmp_path / "evaluate").mkdir()
+    blocks = {"0": [10, 10, 10, 10], "1": [60, 0, 20, 20], "2": [20, 10, 5, 5]}  # max/mean 1, 2.4, 2
+    (tmp_path / "evaluate" / "results.json").write_text(json.dumps({"expert_load": {"student": blocks, "baseline": {"0": [1, 0, 0, 0]}}}))
+    work = workload("run", experts=4, tokens=4000, top_k=1, load_from=tmp_path)
+    # 4000 draws with shares 60, 1, 20, 20 of 101 (an expert without rows counts as one row): 2376, 40, 792, 792; four standard deviations
+    # of the first are 4 * sqrt(4000 * .594 * .406) = 124
+    assert work.load == pytest.approx([2376, 40, 792, 792], abs=125)
+    with pytest.raises(ValueError, match=r"its student has \[4\] experts and --experts is 8; make them equal"):
+        workload("run", load_from=tmp_path)
+    with pytest.raises(ValueError, match="give the folder of a run that was evaluated"):
+        workload("run", load_from=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="--routing run and --load-from RUN belong together"):
+        ExpertBench(routing=("run",)).check()
+
+
 def test_flops_by_hand_and_by_torchs_counter() -> None:
     # 5 rows, D = 4, F = 8: up 2*5*4*8 = 320, down 320, forward 640; backward twice that: 1920. swiglu's third map: 2880.
     assert useful_flops(5, 4, 8, "gelu") == 1920 and useful_flops(5, 4, 8, "swiglu") == 2880
@@ -79,22 +95,6 @@ def test_balanced_routing_gives_equal_loads_and_zipf_falling_ones(top_k: int) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_load_of_a_trained_student_is_met_in_its_most_uneven_block(tmp_path: Path) -> None:
-    (tmp_path / "evaluate").mkdir()
-    blocks = {"0": [10, 10, 10, 10], "1": [60, 0, 20, 20], "2": [20, 10, 5, 5]}  # max/mean 1, 2.4, 2
-    (tmp_path / "evaluate" / "results.json").write_text(json.dumps({"expert_load": {"student": blocks, "baseline": {"0": [1, 0, 0, 0]}}}))
-    work = workload("run", experts=4, tokens=4000, top_k=1, load_from=tmp_path)
-    # 4000 draws with shares 60, 1, 20, 20 of 101 (an expert without rows counts as one row): 2376, 40, 792, 792; four standard deviations
-    # of the first are 4 * sqrt(4000 * .594 * .406) = 124
-    assert work.load == pytest.approx([2376, 40, 792, 792], abs=125)
-    with pytest.raises(ValueError, match=r"its student has \[4\] experts and --experts is 8; make them equal"):
-        workload("run", load_from=tmp_path)
-    with pytest.raises(ValueError, match="give the folder of a run that was evaluated"):
-        workload("run", load_from=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="--routing run and --load-from RUN belong together"):
-        ExpertBench(routing=("run",)).check()
-
-
 @pytest.mark.parametrize("routing", ["balanced", "zipf"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_every_gate_routes_the_tokens_as_planned_in_every_dtype(routing: str, dtype: torch.dtype, top_k: int) -> None:
