@@ -64,9 +64,8 @@ def compile_launch(launch: Launch, capability: int = 90) -> Build:
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[position,] = [["tt.divisibility", 16]]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.compile_options())
     registers, spilled = _resource_usage(built.asm["cubin"])
     return Build(registers, spilled, built.metadata.shared, "wgmma" in built.asm["ptx"])
 
@@ -103,10 +102,10 @@ def main() -> None:
     parser.add_argument("--size", choices=["small", "large"], default="large")
     chosen = parser.parse_args()
     write = sys.stdout.write
-    write("launch            tile          warps stages registers spilled_B shared_KiB wgmma\n")
+    write("launch               tile          warps stages registers spilled_B shared_KiB wgmma\n")
     for name, launch, build in report(getattr(torch, chosen.dtype), chosen.size):
         tile = "x".join(str(launch.constants[block]) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if block in launch.constants) or "-"
-        write(f"{name:17} {tile:13} {launch.num_warps:5} {launch.num_stages:6} {build.registers:9} {build.spilled_bytes:9}")
+        write(f"{name:20} {tile:13} {launch.num_warps:5} {launch.num_stages:6} {build.registers:9} {build.spilled_bytes:9}")
         write(f" {build.shared_bytes / 1024:10.1f} {build.uses_wgmma}\n")
 
 

@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 MAX_MATRIX = 2**31 - 1  # elements of one group's matrix: offsets inside it are int32, offsets of rows and groups are int64
@@ -130,6 +131,24 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def eager_only(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Decorator of an operator that torch.compile must not look into: it breaks the graph there and runs as without it.
+
+    Not torch.compiler.disable at once: that imports the compiler, and the compiler triton, where this file is imported.
+    """
+    disabled: list[Callable[P, Tensor]] = []
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> Tensor:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **options)
+
+    return call
+
+
 def next_power_of_2(value: int) -> int:
     """Smallest power of two that is not below `value` (at least 1)."""
     return 1 << max(value - 1, 0).bit_length()
@@ -150,6 +169,12 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of triton's compiler; the interpreter has no use for them."""
+
+    def compile_options(self) -> dict[str, Any]:
+        """All options that the compiler gets."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
 
     def run(self) -> None:
         """Enqueue it on the current stream of the tensors' device; an empty grid is no work."""
@@ -157,4 +182,4 @@ class Launch:
             return
         first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with on_device_of(first):
-            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.compile_options())

@@ -35,13 +35,17 @@ class LayerSize(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One launch, the table's kernel name (empty: it has no entry), its floating point operations and the bytes it must move."""
+    """One launch, the table's kernel name (empty: it has no entry), its floating point operations and the bytes it must move.
+
+    `op` is the operator that makes it: `expert_ffn` gathers nothing, so its launches are other programs.
+    """
 
     name: str
     kernel: str
     launch: Launch
     flops: int
     num_bytes: int
+    op: Literal["expert_layer", "expert_ffn"] = "expert_layer"
 
 
 def sample_launches(
@@ -77,10 +81,13 @@ def sample_launches(
             x_TD, up_EUD, filled(e, u), offsets_E, activation=activation, index=index, want_h=True, tiles=tiles.get(kernel)
         )
         yield Sample(f"up {activation}", kernel, up, 2 * r * d * u, b * (t * d + e * u * d + r * (u + f)))
-        back, _ = prepare_act_grad(
+        back, grads = prepare_act_grad(
             x_TD, down_EDF, z_RU, offsets_E, activation=activation, index=index, scale_N=routing_TK, want_row_dots=True, tiles=act_grad
         )
         yield Sample(f"act_grad {activation}", "act_grad", back, 2 * r * d * f, b * (t * d + e * d * f + r * (2 * u + f)))
+        yield from _ffn_launches(activation, rows_RD, up_EUD, down_EDF, z_RU, offsets_E, tiles)
+    yield Sample("weight grad ffn", "weight_grad", prepare_weight_grad(rows_RD, h_RF, offsets_E, tiles=weight_grad)[0],
+                 2 * r * d * f, b * (r * (d + f) + e * d * f), "expert_ffn")  # fmt: skip
     gemm_flops, gemm_bytes = 2 * r * d * f, b * (r * f + e * d * f)
     yield Sample("down", "gemm", prepare_gemm(h_RF, down_EDF, down_bias_ED, offsets_E, tiles=gemm)[0], gemm_flops, gemm_bytes + b * r * d)
     rows_grad = prepare_gemm(h_RF, filled(e, f, d), None, offsets_E, transposed=True, tiles=gemm)[0]
@@ -93,12 +100,33 @@ def sample_launches(
     yield Sample("combine", "", prepare_sum_choices(rows_RD, routing_TK, plan)[0], 2 * r * d, b * (t + r) * d)
     combine_grad = prepare_combine_backward(x_TD, rows_RD, routing_TK, plan, want_rows=True, want_weights=True)[0]
     yield Sample("combine grad", "", combine_grad, 3 * r * d, b * (t + 2 * r) * d)
-    row_dots = filled(r, -(-f // 128), kind=torch.float32)
+    assert grads.row_dots is not None
+    row_dots = grads.row_dots
     routing_grad = prepare_routing_grad(row_dots, x_TD, down_bias_ED, offsets_E, plan)[0]
     yield Sample("routing grad", "", routing_grad, 2 * r * d, b * t * d + 4 * row_dots.numel())
     row_sums, sums = prepare_row_sums(x_TD, offsets_E, index, routing_TK)
     yield Sample("bias sums", "", row_sums, 2 * r * d, b * t * d)
     yield Sample("bias total", "", prepare_sum_tiles(sums, offsets_E, BLOCK_M, dtype)[0], sums.numel(), 4 * sums.numel())
+
+
+def _ffn_launches(
+    activation: Activation,
+    rows_RD: Tensor,
+    up_EUD: Tensor,
+    down_EDF: Tensor,
+    z_RU: Tensor,
+    offsets_E: Tensor,
+    tiles: Mapping[str, TileConfig],
+) -> Iterator[Sample]:
+    """What `expert_ffn` launches other than `expert_layer`: its rows are there, so nothing is gathered and no row has a scale."""
+    (r, d), (e, u, _), f, b = rows_RD.shape, up_EUD.shape, down_EDF.shape[2], rows_RD.element_size()
+    kernel = f"gemm_{activation}"
+    bias_EU = up_EUD.new_empty(e, u).zero_()
+    up, _, _ = prepare_gemm(rows_RD, up_EUD, bias_EU, offsets_E, activation=activation, want_h=True, tiles=tiles.get(kernel))
+    yield Sample(f"up {activation} ffn", kernel, up, 2 * r * d * u, b * (r * d + e * u * d + r * (u + f)), "expert_ffn")
+    back, _ = prepare_act_grad(rows_RD, down_EDF, z_RU, offsets_E, activation=activation, tiles=tiles.get("act_grad"))
+    num_bytes = b * (r * d + e * d * f + r * (2 * u + f))
+    yield Sample(f"act_grad {activation} ffn", "act_grad", back, 2 * r * d * f, num_bytes, "expert_ffn")
 
 
 def _plan(size: LayerSize, device: str) -> tuple[Gather, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 SHARED_KIB = 227
 
 
-@pytest.mark.parametrize(("size", "num_launches"), [("large", 14), ("small", 8)])
+@pytest.mark.parametrize(("size", "num_launches"), [("large", 19), ("small", 13)])
 def test_bf16_kernels_build_for_sm_90_without_spills(size: str, num_launches: int) -> None:
     # A process of its own: where triton interprets, it cannot compile.
     command = [sys.executable, "-m", "m2mkd_kernels.build_report", "--dtype", "bfloat16", "--size", size]
@@ -23,4 +23,4 @@ def test_bf16_kernels_build_for_sm_90_without_spills(size: str, num_launches: in
     for name, _tile, _warps, _stages, registers, spilled, shared, wgmma in rows:
         assert int(registers) <= 255 and int(spilled) == 0, name
         assert float(shared) <= SHARED_KIB, name
-        assert (wgmma == "True") == name.startswith(("up", "down", "rows", "act")), name
+        assert (wgmma == "True") == name.startswith(("up", "down", "rows", "act", "weight")), name

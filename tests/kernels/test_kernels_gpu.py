@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from m2mkd_kernels import runtime
-from m2mkd_kernels.expert_ffn.op import FfnWeights, expert_layer
+from m2mkd_kernels.expert_ffn.naive import expert_ffn_naive
+from m2mkd_kernels.expert_ffn.op import FfnWeights, expert_ffn, expert_layer
 from m2mkd_kernels.gather import Gather
-from tests.kernels.kernel_cases import check_layer, layer_inputs
+from tests.kernels.kernel_cases import check_layer, judge, layer_inputs, value_and_grads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +42,25 @@ def test_the_error_is_at_most_twice_the_loops(
     # Weights of a trained size, so that neither products nor their squares leave the range of fp16.
     leaves = [leaf.cuda() * (0.1 if leaf.dim() == 3 else 1.0) for leaf in leaves]
     check_layer(leaves, grad.cuda(), gather, offsets, activation, dtype)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_the_experts_on_rows_err_at_most_twice_as_much_as_the_loop(activation: str) -> None:
+    # Nothing is gathered here: other programs than those of the layer, with other needs of shared memory.
+    dtype = torch.bfloat16
+    _, offsets = gpu_plan(3152, 2, 8, 1)
+    (rows, _, *weights), grad = layer_inputs(6304, 1, 8, 768, 3072, dtype, activation == "swiglu")
+    leaves = [leaf.cuda() * (0.1 if leaf.dim() == 3 else 1.0) for leaf in (rows, *weights)]
+
+    def fused(rows: Tensor, *weights: Tensor) -> Tensor:
+        return expert_ffn(rows, offsets, FfnWeights(*weights), activation)  # type: ignore[arg-type]
+
+    def naive(rows: Tensor, *weights: Tensor) -> Tensor:
+        return expert_ffn_naive(rows, offsets, *weights, activation=activation)  # type: ignore[arg-type]
+
+    truth = value_and_grads(naive, [leaf.double() for leaf in leaves], grad.cuda())
+    loop = value_and_grads(naive, leaves, grad.cuda())
+    judge(("out", "rows", "up", "up_bias", "down", "down_bias"), value_and_grads(fused, leaves, grad.cuda()), loop, truth, dtype)
 
 
 def test_forward_and_backward_wait_for_nothing_and_repeat_bit_by_bit() -> None:

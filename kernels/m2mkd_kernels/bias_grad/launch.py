@@ -46,8 +46,8 @@ def prepare_row_sums(
             "GATHER": index is not None, "DIVISOR": 1 if index is None else index.divisor, "HAS_SCALE": scale_N is not None,
             "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_G": _block_g(num_groups),
         },
-        4,
-        3,
+        num_warps=4,
+        num_stages=3,
     )  # fmt: skip
     return launch, sums
 
@@ -70,8 +70,8 @@ def prepare_sum_tiles(sums: Tensor, offsets_G: Tensor, block_m: int, dtype: torc
         (num_groups, cdiv(width, BLOCK_N)),
         {"sums_ptr": sums, "ends_ptr": offsets_G, "out_ptr": out_GO, "num_groups": num_groups, "width": width},
         {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_G": _block_g(num_groups)},
-        4,
-        3,
+        num_warps=4,
+        num_stages=3,
     )
     return launch, out_GO
 

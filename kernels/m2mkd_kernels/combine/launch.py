@@ -35,8 +35,8 @@ def prepare_sum_choices(rows_RD: Tensor, weights_TK: Tensor | None, gather: Gath
             "K": gather.top_k, "HAS_WEIGHTS": weights_TK is not None, "HAS_KEPT": gather.kept_TK is not None,
             "BLOCK_T": 8, "BLOCK_D": block_d,
         },
-        4,
-        3,
+        num_warps=4,
+        num_stages=3,
     )  # fmt: skip
     return launch, out_TD
 
@@ -81,8 +81,8 @@ def prepare_combine_backward(
             "K": gather.top_k, "HAS_KEPT": gather.kept_TK is not None, "STORE_DX": want_rows, "STORE_DWEIGHTS": want_weights,
             "BLOCK_T": 4, "BLOCK_D": block_d,
         },
-        4,
-        3,
+        num_warps=4,
+        num_stages=3,
     )  # fmt: skip
     return launch, drows_RD, dweights_TK
 

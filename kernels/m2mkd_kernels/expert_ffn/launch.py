@@ -38,7 +38,7 @@ def prepare_routing_grad(
             "K": top_k, "HAS_KEPT": gather.kept_TK is not None, "BLOCK_T": 4, "BLOCK_P": max(16, next_power_of_2(row_dots.shape[1])),
             "BLOCK_D": min(256, max(16, next_power_of_2(width))), "BLOCK_G": max(16, next_power_of_2(num_experts)),
         },
-        4,
-        3,
+        num_warps=4,
+        num_stages=3,
     )  # fmt: skip
     return launch, out_TK

@@ -15,6 +15,7 @@ from m2mkd_kernels.configs import KernelName, TileConfig, choose_tiles
 from m2mkd_kernels.runtime import MAX_MATRIX, Launch, cdiv, check_offsets, check_rows, dot_options, next_power_of_2, require, require_usable
 
 Activation = Literal["none", "gelu", "swiglu"]
+UNGATHERED_STAGES = 4
 GEMM_NAMES: dict[Activation, KernelName] = {"none": "gemm", "gelu": "gemm_gelu", "swiglu": "gemm_swiglu"}
 
 
@@ -97,8 +98,8 @@ def prepare_gemm(
             **_tile_constants(tiles, num_groups), "EVEN_K": k % tiles.block_k == 0, "EVEN_N": n_half % tiles.block_n == 0,
             "FAST_ERF": x_SI.dtype != torch.float32, **dot_options(x_SI.dtype),
         },
-        tiles.num_warps,
-        tiles.num_stages,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )  # fmt: skip
     return launch, z_RO, h_RO
 
@@ -176,8 +177,8 @@ def prepare_act_grad(
             **_tile_constants(tiles, num_groups), "EVEN_K": k % tiles.block_k == 0, "EVEN_N": n % tiles.block_n == 0,
             "FAST_ERF": grad_SO.dtype != torch.float32, **dot_options(grad_SO.dtype),
         },
-        tiles.num_warps,
-        tiles.num_stages,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )  # fmt: skip
     return launch, result
 
@@ -221,8 +222,10 @@ def prepare_weight_grad(
             **_tile_constants(tiles, num_groups), "EVEN_M": o % tiles.block_m == 0, "EVEN_N": i % tiles.block_n == 0,
             **dot_options(grad_SO.dtype),
         },
-        tiles.num_warps,
-        tiles.num_stages,
+        num_warps=tiles.num_warps,
+        # A gathered operand loads its index a step before its rows, so n stages hold (n + 1) / 2 buffers of rows; without an index
+        # they hold n, and five of the largest tile are 240 KiB where an H100 has 227.
+        num_stages=tiles.num_stages if index is not None else min(tiles.num_stages, UNGATHERED_STAGES),
     )  # fmt: skip
     return launch, dw_GOI
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from m2mkd_kernels.combine.launch import sum_choices
 from m2mkd_kernels.gather import Gather, check_gather
-from m2mkd_kernels.runtime import Launch, cdiv, check_rows, first_order_only, next_power_of_2, require_usable, row_major
+from m2mkd_kernels.runtime import Launch, cdiv, check_rows, eager_only, first_order_only, next_power_of_2, require_usable, row_major
 
 
+@eager_only
 def permute(x_TD: Tensor, gather: Gather) -> Tensor:
     """rows[r] = x[order[r] // K]: [T, D] -> [R, D]. In the backward, rows that no choice names are not read.
 
@@ -48,8 +49,8 @@ def prepare_permute(x_TD: Tensor, gather: Gather) -> tuple[Launch, Tensor]:
             "stride_x": x_TD.stride(0),
         },
         {"DIVISOR": gather.top_k, "BLOCK_R": 8, "BLOCK_D": block_d},
-        4,
-        3,
+        num_warps=4,
+        num_stages=3,
     )  # fmt: skip
     return launch, out_RD
 
