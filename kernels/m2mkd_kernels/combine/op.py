@@ -12,9 +12,10 @@ from torch import Tensor
 
 from m2mkd_kernels.combine.launch import combine_backward, contiguous_weights, sum_choices
 from m2mkd_kernels.gather import Gather
-from m2mkd_kernels.runtime import first_order_only, row_major
+from m2mkd_kernels.runtime import eager_only, first_order_only, row_major
 
 
+@eager_only
 def combine(rows_RD: Tensor, weights_TK: Tensor, gather: Gather) -> Tensor:
     """[R, D], fp32 [T, K] -> [T, D] in the dtype of the rows; zeros for a token without rows.
 

@@ -22,7 +22,7 @@ from m2mkd_kernels.combine.launch import contiguous_weights, sum_choices
 from m2mkd_kernels.expert_ffn.launch import routing_grad
 from m2mkd_kernels.gather import Gather, check_gather
 from m2mkd_kernels.grouped_gemm.launch import ActGrad, RowIndex, prepare_act_grad, prepare_gemm, prepare_weight_grad
-from m2mkd_kernels.runtime import first_order_only, require, row_major
+from m2mkd_kernels.runtime import eager_only, first_order_only, require, row_major
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -36,6 +36,7 @@ class FfnWeights(NamedTuple):
     down_bias_ED: Tensor
 
 
+@eager_only
 def expert_ffn(rows_RD: Tensor, offsets_E: Tensor, weights: FfnWeights, activation: Activation = "gelu") -> Tensor:
     """Each expert's down(activation(up(row))): [R, D] -> [R, D].
 
@@ -45,6 +46,7 @@ def expert_ffn(rows_RD: Tensor, offsets_E: Tensor, weights: FfnWeights, activati
     return _ExpertFfn.apply(rows_RD, offsets_E, (activation, torch.is_grad_enabled()), *weights)
 
 
+@eager_only
 def expert_layer(
     x_TD: Tensor, weights_TK: Tensor, gather: Gather, offsets_E: Tensor, weights: FfnWeights, activation: Activation = "gelu"
 ) -> Tensor:

@@ -15,9 +15,10 @@ from m2mkd_kernels.bias_grad.launch import bias_grad
 from m2mkd_kernels.combine.launch import sum_choices
 from m2mkd_kernels.gather import Gather, check_gather
 from m2mkd_kernels.grouped_gemm.launch import Activation, RowIndex, prepare_gemm, prepare_weight_grad
-from m2mkd_kernels.runtime import first_order_only, row_major
+from m2mkd_kernels.runtime import eager_only, first_order_only, row_major
 
 
+@eager_only
 def grouped_gemm(
     x_RI: Tensor,
     weight_GOI: Tensor,
