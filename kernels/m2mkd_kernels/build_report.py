@@ -40,6 +40,8 @@ class Build(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     uses_wgmma: bool
+    num_fma: int
+    """Instructions that multiply and add fp32 with one rounding."""
 
 
 def compile_launch(launch: Launch, capability: int = 90) -> Build:
@@ -67,7 +69,8 @@ def compile_launch(launch: Launch, capability: int = 90) -> Build:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.compile_options())
     registers, spilled = _resource_usage(built.asm["cubin"])
-    return Build(registers, spilled, built.metadata.shared, "wgmma" in built.asm["ptx"])
+    ptx = built.asm["ptx"]
+    return Build(registers, spilled, built.metadata.shared, "wgmma" in ptx, len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)))
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -102,11 +105,11 @@ def main() -> None:
     parser.add_argument("--size", choices=["small", "large"], default="large")
     chosen = parser.parse_args()
     write = sys.stdout.write
-    write("launch               tile          warps stages registers spilled_B shared_KiB wgmma\n")
+    write("launch               tile          warps stages registers spilled_B shared_KiB wgmma fma\n")
     for name, launch, build in report(getattr(torch, chosen.dtype), chosen.size):
         tile = "x".join(str(launch.constants[block]) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if block in launch.constants) or "-"
         write(f"{name:20} {tile:13} {launch.num_warps:5} {launch.num_stages:6} {build.registers:9} {build.spilled_bytes:9}")
-        write(f" {build.shared_bytes / 1024:10.1f} {build.uses_wgmma}\n")
+        write(f" {build.shared_bytes / 1024:10.1f} {build.uses_wgmma} {build.num_fma}\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def prepare_sum_choices(rows_RD: Tensor, weights_TK: Tensor | None, gather: Gath
         },
         num_warps=4,
         num_stages=3,
+        # Product and sum round one after the other, as in the plain code of the exported model; an fma would round once.
+        options={"enable_fp_fusion": False},
     )  # fmt: skip
     return launch, out_TD
 
