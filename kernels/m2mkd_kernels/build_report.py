@@ -44,33 +44,49 @@ class Build(NamedTuple):
     """Instructions that multiply and add fp32 with one rounding."""
 
 
+class Specialisation(NamedTuple):
+    """What triton makes a program of its own for: a launch with another one is compiled again."""
+
+    signature: dict[str, str]
+    constants: dict[str, object]
+    attributes: dict[tuple[int], list[list[object]]]
+
+
+def specialise(launch: Launch) -> Specialisation:
+    """The specialisation that a launch gets: numbers that are 1 or divisible by 16, and tensors as aligned as torch allocates them.
+
+    Only where triton compiles: its interpreter's functions do not tell their parameters.
+    """
+    made = Specialisation({}, dict(launch.constants), {})
+    for position, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.constants.get(name, launch.arguments.get(name))
+        if name in launch.constants or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            made.signature[name] = "constexpr"
+            made.constants[name] = value
+        elif isinstance(value, Tensor):
+            made.signature[name] = "*" + TYPES[value.dtype]
+            made.attributes[position,] = [["tt.divisibility", 16]]
+        else:
+            assert isinstance(value, int)
+            made.signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                made.attributes[position,] = [["tt.divisibility", 16]]
+    return made
+
+
 def compile_launch(launch: Launch, capability: int = 90) -> Build:
-    """Compile for sm_<capability> with the argument specialisation that a launch would get (1, divisible by 16)."""
+    """Compile for sm_<capability> with the launch's specialisation."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature: dict[str, str] = {}
-    constants = dict(launch.constants)
-    attributes: dict[tuple[int], list[list[object]]] = {}
-    for position, name in enumerate(launch.kernel.arg_names):
-        value = launch.constants.get(name, launch.arguments.get(name))
-        if name in constants or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants[name] = value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[position,] = [["tt.divisibility", 16]]
-        else:
-            assert isinstance(value, int)
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[position,] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = ASTSource(launch.kernel, *specialise(launch))
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.compile_options())
     registers, spilled = _resource_usage(built.asm["cubin"])
     ptx = built.asm["ptx"]
-    return Build(registers, spilled, built.metadata.shared, "wgmma" in ptx, len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)))
+    num_fma = len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx))
+    return Build(registers, spilled, built.metadata.shared, "wgmma" in ptx, num_fma)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -19,7 +19,7 @@ def choice_rows(rows_ptr, kept_ptr, choices, inside, HAS_KEPT: tl.constexpr):
     return rows, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_kernel(
     x_ptr, weights_ptr, rows_ptr, kept_ptr, out_ptr, num_tokens, D, stride_x,
     K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -40,7 +40,7 @@ def combine_kernel(
     tl.store(out_ptr + tokens.to(tl.int64)[:, None] * D + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_backward_kernel(
     grad_ptr, x_ptr, weights_ptr, rows_ptr, kept_ptr, dx_ptr, dweights_ptr, num_tokens, D, stride_grad, stride_x,
     K: tl.constexpr, HAS_KEPT: tl.constexpr, STORE_DX: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,

@@ -9,7 +9,7 @@ import triton.language as tl
 from m2mkd_kernels.combine.kernel import choice_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def routing_grad_kernel(
     row_dots_ptr, grad_ptr, bias_ptr, rows_ptr, kept_ptr, ends_ptr, out_ptr, num_tokens, num_groups, num_parts, D, stride_grad,
     K: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,

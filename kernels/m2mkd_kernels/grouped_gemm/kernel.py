@@ -44,7 +44,7 @@ def normal_cdf_pdf(z, FAST_ERF: tl.constexpr):
     return cdf, INV_SQRT_2PI * exponential
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m"])
 def gemm_kernel(
     x_ptr, index_ptr, weight_ptr, bias_ptr, ends_ptr, z_ptr, h_ptr,
     num_groups, num_m, K, N, stride_x, stride_g, stride_k, stride_n, stride_z, stride_h, stride_bias,
@@ -140,7 +140,7 @@ def store_swiglu(
         tl.store(h_ptr + tile_offsets(stride_h, columns, BLOCK_M), h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_m"])
 def act_grad_kernel(
     grad_ptr, index_ptr, weight_ptr, ends_ptr, z_ptr, scale_ptr, dz_ptr, h_ptr, column_sums_ptr, row_dots_ptr,
     num_groups, num_m, K, N, stride_grad, stride_g, stride_k, stride_n, stride_z, stride_h,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def permute_kernel(
     x_ptr, order_ptr, out_ptr, num_rows, D, stride_x, DIVISOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
