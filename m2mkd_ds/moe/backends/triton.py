@@ -17,7 +17,10 @@ NAME = "triton"
 
 
 def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int, activation: Activation) -> str:
-    """Why this backend cannot run so, or an empty string. Any widths and both activations will do."""
+    """Why this backend cannot run so, or an empty string. Any widths and both activations will do.
+
+    Widths that are not multiples of 16 elements are right but slow (kernels/README.md).
+    """
     from m2mkd_kernels.runtime import why_not as kernels_why_not
 
     return kernels_why_not(device, dtype)
@@ -35,5 +38,7 @@ def run_layer(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, weights: Exp
     from m2mkd_kernels.expert_ffn.op import FfnWeights, expert_layer
     from m2mkd_kernels.gather import Gather
 
-    gather = Gather(plan.order_R, plan.rows_TK, plan.kept_TK)
+    # A plan keeps the strides of the ids that it was made of; the kernels count choices through.
+    kept_TK = None if plan.kept_TK is None else plan.kept_TK.contiguous()
+    gather = Gather(plan.order_R.contiguous(), plan.rows_TK.contiguous(), kept_TK)
     return expert_layer(x_TD, weights_TK, gather, plan.offsets_E, FfnWeights(*weights[:4]), weights.activation)
