@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, ParamSpec
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 P = ParamSpec("P")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+HALF_SHARED_BYTES = 144 * 1024  # what the largest 16-bit tiles of the table take on GPUs of compute capability 8.0
 MAX_MATRIX = 2**31 - 1  # elements of one group's matrix: offsets inside it are int32, offsets of rows and groups are int64
 
 
@@ -39,17 +40,45 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 or float16, given {dtype}"
     if interpreting():
+        import numpy
+        import triton
         import triton.language as tl
         from triton.runtime.jit import JITFunction
 
         if isinstance(tl.sum, JITFunction):
             return "TRITON_INTERPRET was set after triton had been imported; set it before the process starts"
-        return ""
+        return interpreter_fault(triton.__version__, numpy.__version__)
     if device.type != "cuda":
         return f"triton needs a CUDA device, given {device.type!r}; set TRITON_INTERPRET=1 before the start to run its (slow) interpreter"
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"the kernels need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, {name} is older"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = shared_bytes(index)
+    if dtype != torch.float32 and shared < HALF_SHARED_BYTES:
+        return (
+            f"16-bit tiles need {HALF_SHARED_BYTES // 1024} KiB of shared memory a program; {torch.cuda.get_device_name(device)} allows "
+            f"{shared // 1024} KiB: take float32 or another backend"
+        )
+    return ""
+
+
+@lru_cache
+def shared_bytes(index: int) -> int:
+    """Shared memory that one program may have on CUDA device number `index`."""
+    import triton
+
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def interpreter_fault(triton_version: str, numpy_version: str) -> str:
+    """Why triton's interpreter cannot run with this numpy, or an empty string."""
+    triton_release, numpy_release = (tuple(int(n) for n in version.split(".")[:2]) for version in (triton_version, numpy_version))
+    if triton_release < (3, 7) and numpy_release >= (2, 4):
+        return (
+            f"the interpreter of triton {triton_version} fails with numpy {numpy_version} (it takes arrays of one element as numbers, "
+            "which numpy 2.4 ended); take triton 3.7 or later, or numpy before 2.4"
+        )
     return ""
 
 
@@ -88,7 +117,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_usable(tensor: Tensor) -> None:
-    """ValueError with the reason if the kernels cannot run on the tensor; a meta tensor is let through, to prepare a launch."""
+    """ValueError with the reason if the kernels cannot run on the tensor; a meta tensor is let through, to prepare a launch.
+
+    `Launch.run` refuses the meta tensor.
+    """
     reason = "" if tensor.is_meta else why_not(tensor.device, tensor.dtype)
     require(not reason, reason)
 
@@ -107,6 +139,16 @@ def check_offsets(offsets_G: Tensor, num_groups: int, device: torch.device) -> N
     require(offsets_G.shape == (num_groups,), f"offsets have shape {tuple(offsets_G.shape)}; one end a group is needed, ({num_groups},)")
     require(offsets_G.is_contiguous(), "offsets must be contiguous")
     require(offsets_G.device == device, f"offsets are on {offsets_G.device}; they must be on {device} like the other tensors")
+
+
+def check_row_index(index_R: Tensor, scale_N: Tensor | None, device: torch.device) -> None:
+    """int64 numbers of rows, and fp32 scales that are looked up by them. Raises ValueError."""
+    require(index_R.dtype == torch.int64, f"index is {index_R.dtype}; it must be int64")
+    require(index_R.dim() == 1 and index_R.is_contiguous(), "index must be one contiguous vector")
+    require(index_R.device == device, f"index is on {index_R.device}; it must be on {device} like the other tensors")
+    if scale_N is not None:
+        require(scale_N.dtype == torch.float32 and scale_N.is_contiguous(), f"scale is {scale_N.dtype}; it must be contiguous float32")
+        require(scale_N.device == device, f"scale is on {scale_N.device}; it must be on {device} like the other tensors")
 
 
 def row_major(tensor: Tensor) -> Tensor:
@@ -177,9 +219,10 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
 
     def run(self) -> None:
-        """Enqueue it on the current stream of the tensors' device; an empty grid is no work."""
+        """Enqueue it on the current stream of the tensors' device; an empty grid is no work. Raises ValueError for meta tensors."""
         if 0 in self.grid:
             return
         first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        require(not first.is_meta, "the kernels cannot run on meta tensors, which hold no values; they serve to prepare a launch")
         with on_device_of(first):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.compile_options())

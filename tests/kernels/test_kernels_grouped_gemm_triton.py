@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m2mkd_kernels.configs import TileConfig
-from m2mkd_kernels.grouped_gemm.launch import RowIndex, prepare_gemm, prepare_weight_grad
+from m2mkd_kernels.grouped_gemm.launch import RowIndex, prepare_act_grad, prepare_gemm, prepare_weight_grad
 from m2mkd_kernels.grouped_gemm.naive import grouped_gemm_naive
 from m2mkd_kernels.grouped_gemm.op import grouped_gemm
 from tests.kernels.kernel_cases import COUNTS, ends_of, judge, make_gather, randn, value_and_grads
@@ -113,3 +113,31 @@ def test_wrong_operands_are_refused(device: torch.device) -> None:
         grouped_gemm(rows, weight[0], None, offsets)
     with pytest.raises(ValueError, match=r"index is torch.int32; it must be int64"):
         prepare_gemm(rows, weight, None, offsets, index=RowIndex(torch.zeros(2, dtype=torch.int32, device=device)))
+    elsewhere = RowIndex(torch.zeros(2, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match=rf"index is on meta; it must be on {device}"):
+        prepare_gemm(rows, weight, None, offsets, index=elsewhere)
+    index, z, down = (
+        RowIndex(torch.zeros(2, dtype=torch.int64, device=device)),
+        torch.ones(2, 5, device=device),
+        torch.ones(1, 4, 5, device=device),
+    )
+    with pytest.raises(ValueError, match=r"scale is torch.float64; it must be contiguous float32"):
+        prepare_act_grad(rows, down, z, offsets, activation="gelu", index=index, scale_N=torch.ones(2, dtype=torch.float64, device=device))
+    with pytest.raises(ValueError, match=rf"scale is on meta; it must be on {device}"):
+        prepare_act_grad(rows, down, z, offsets, activation="gelu", index=index, scale_N=torch.ones(2, device="meta"))
+
+
+def test_meta_tensors_are_prepared_and_not_run() -> None:
+    rows, weight = torch.ones(2, 4, device="meta"), torch.ones(1, 5, 4, device="meta")
+    with pytest.raises(ValueError, match=r"the kernels cannot run on meta tensors"):
+        grouped_gemm(rows, weight, None, torch.ones(1, dtype=torch.int32, device="meta"))
+
+
+def test_an_index_that_changes_before_the_backward_is_noticed(device: torch.device) -> None:
+    gather, offsets = make_gather([[0], [0]], 1)
+    gather = gather._replace(order_R=gather.order_R.to(device), rows_TK=gather.rows_TK.to(device))
+    x = torch.ones(2, 4, device=device, requires_grad=True)
+    out = grouped_gemm(x, torch.ones(1, 5, 4, device=device), None, offsets.to(device), gather=gather)
+    gather.order_R.fill_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

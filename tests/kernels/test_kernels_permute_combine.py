@@ -129,6 +129,18 @@ def test_the_bias_gradient_of_gathered_and_scaled_rows(device: torch.device) -> 
     assert got.tolist() == [[80, 160], [1 + 40, 2 + 80]]
 
 
+def test_wrong_indices_and_scales_of_the_bias_gradient_are_refused(device: torch.device) -> None:
+    grad, ends, order = torch.ones(2, 3, device=device), ends_of([2], device), torch.zeros(2, dtype=torch.int64, device=device)
+    for index, scale, message in (
+        (order.int(), None, "index is torch.int32; it must be int64"),
+        (order.to("meta"), None, "index is on meta; it must be on"),
+        (order, torch.ones(2, dtype=torch.float16, device=device), "scale is torch.float16; it must be contiguous float32"),
+        (order, torch.ones(2, device="meta"), "scale is on meta; it must be on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bias_grad(grad, ends, RowIndex(index), scale)
+
+
 def test_wrong_plans_and_weights_are_refused(device: torch.device) -> None:
     gather = plan_of(4, 2, False, device)
     rows, weights = randn(8, 4, seed=1, dtype=F32, device=device), randn(4, 2, seed=2, dtype=F32, device=device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m2mkd_kernels.grouped_gemm.launch import RowIndex
-from m2mkd_kernels.runtime import Launch, cdiv, check_offsets, check_rows, next_power_of_2, require
+from m2mkd_kernels.runtime import Launch, cdiv, check_offsets, check_row_index, check_rows, next_power_of_2, require, require_usable
 
 BLOCK_M, BLOCK_N = 64, 128
 
@@ -30,7 +30,10 @@ def prepare_row_sums(
     num_groups, width = offsets_G.shape[0], grad_SO.shape[1]
     check_rows("gradient", grad_SO, offsets_G.device, grad_SO.dtype)
     check_offsets(offsets_G, num_groups, grad_SO.device)
+    require_usable(grad_SO)
     require(scale_N is None or index is not None, "a scale is looked up through the index; give both")
+    if index is not None:
+        check_row_index(index.index_R, scale_N, grad_SO.device)
     num_rows = grad_SO.shape[0] if index is None else index.index_R.shape[0]
     num_tiles = cdiv(num_rows, BLOCK_M) + num_groups
     sums = grad_SO.new_empty(num_tiles, width, dtype=torch.float32)

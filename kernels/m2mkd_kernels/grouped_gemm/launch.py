@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from m2mkd_kernels.configs import KernelName, TileConfig, choose_tiles
-from m2mkd_kernels.runtime import MAX_MATRIX, Launch, cdiv, check_offsets, check_rows, dot_options, next_power_of_2, require, require_usable
+from m2mkd_kernels.runtime import (
+    MAX_MATRIX,
+    Launch,
+    cdiv,
+    check_offsets,
+    check_row_index,
+    check_rows,
+    dot_options,
+    next_power_of_2,
+    require,
+    require_usable,
+)
 
 Activation = Literal["none", "gelu", "swiglu"]
 UNGATHERED_STAGES = 4
@@ -32,8 +43,11 @@ def check_weight(weight_GOI: Tensor) -> None:
     require(len(shape) == 3 and 0 not in shape, f"weight has shape {shape}; it must be [G, O, I] without a zero")
 
 
-def check_operands(x_SI: Tensor, weight_GOI: Tensor, offsets_G: Tensor, index: RowIndex | None, reads_width: int) -> None:
-    """What all launches need of rows, weight, offsets and index. Raises ValueError."""
+def check_operands(
+    x_SI: Tensor, weight_GOI: Tensor, offsets_G: Tensor, index: RowIndex | None, reads_width: int, scale_N: Tensor | None = None
+) -> None:
+    """What all launches need of rows, weight, offsets, index and scale. Raises ValueError."""
+    require(scale_N is None or index is not None, "a scale is looked up through the index; give both")
     require(weight_GOI.is_contiguous(), "weight must be contiguous")
     require(weight_GOI[0].numel() <= MAX_MATRIX, f"one group's matrix has {weight_GOI[0].numel()} elements; at most {MAX_MATRIX}")
     require_usable(x_SI)
@@ -41,8 +55,7 @@ def check_operands(x_SI: Tensor, weight_GOI: Tensor, offsets_G: Tensor, index: R
     require(x_SI.shape[1] == reads_width, f"rows are {x_SI.shape[1]} wide; the weight wants {reads_width}")
     check_offsets(offsets_G, weight_GOI.shape[0], weight_GOI.device)
     if index is not None:
-        require(index.index_R.dtype == torch.int64, f"index is {index.index_R.dtype}; it must be int64")
-        require(index.index_R.dim() == 1 and index.index_R.is_contiguous(), "index must be one contiguous vector")
+        check_row_index(index.index_R, scale_N, weight_GOI.device)
 
 
 def prepare_gemm(
@@ -141,14 +154,11 @@ def prepare_act_grad(
     check_weight(weight_GOF)
     num_groups, k, n = weight_GOF.shape
     require(activation in ("gelu", "swiglu"), f"activation is {activation!r}; allowed is `gelu` or `swiglu`")
-    check_operands(grad_SO, weight_GOF, offsets_G, index, k)
+    check_operands(grad_SO, weight_GOF, offsets_G, index, k, scale_N)
     num_rows = grad_SO.shape[0] if index is None else index.index_R.shape[0]
     width = 2 * n if activation == "swiglu" else n
     check_rows("z", z_RU, weight_GOF.device, weight_GOF.dtype)
     require(tuple(z_RU.shape) == (num_rows, width) and z_RU.is_contiguous(), f"z must be contiguous [{num_rows}, {width}]")
-    if scale_N is not None:
-        require(index is not None, "a scale is looked up through the index; give both")
-        require(scale_N.dtype == torch.float32 and scale_N.is_contiguous(), "scale must be contiguous float32")
     tiles = tiles or choose_tiles("act_grad", grad_SO.dtype, num_rows, num_groups)
     num_m, num_n = cdiv(num_rows, tiles.block_m) + num_groups, cdiv(n, tiles.block_n)
     result = ActGrad(

@@ -61,25 +61,27 @@ class _GroupedGemm(torch.autograd.Function):
         launch.run()
         out_RO = h_RO if active else z_RO
         assert out_RO is not None
-        ctx.activation, ctx.index, ctx.gather = activation, index, gather
-        ctx.save_for_backward(x_RI, weight_GOI, offsets_G, z_RO if active else None)
+        ctx.activation = activation
+        ctx.save_for_backward(x_RI, weight_GOI, offsets_G, z_RO if active else None, *(gather or ()))
         return out_RO
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
-        x_RI, weight_GOI, offsets_G, z_RO = ctx.saved_tensors
+        x_RI, weight_GOI, offsets_G, z_RO, *plan = ctx.saved_tensors
+        gather = Gather(*plan) if plan else None
+        index = None if gather is None else RowIndex(gather.order_R, gather.top_k)
         grad_RO = row_major(_activation_grad(grad_RO, z_RO, ctx.activation))
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         dx_RI = dweight_GOI = dbias_GO = None
         if want_x:
             launch, dx_RI, _ = prepare_gemm(grad_RO, weight_GOI, None, offsets_G, transposed=True)
             launch.run()
-            if ctx.gather is not None:
+            if gather is not None:
                 assert dx_RI is not None
-                dx_RI = sum_choices(dx_RI, None, ctx.gather)
+                dx_RI = sum_choices(dx_RI, None, gather)
         if want_weight:
-            launch, dweight_GOI = prepare_weight_grad(grad_RO, x_RI, offsets_G, x_index=ctx.index)
+            launch, dweight_GOI = prepare_weight_grad(grad_RO, x_RI, offsets_G, x_index=index)
             launch.run()
         if want_bias:
             dbias_GO = bias_grad(grad_RO, offsets_G)
