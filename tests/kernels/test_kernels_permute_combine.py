@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2mkd_kernels.bias_grad.launch import bias_grad
+from m2mkd_kernels.bias_grad.launch import bias_grad, sum_tiles
 from m2mkd_kernels.bias_grad.naive import bias_grad_naive
 from m2mkd_kernels.combine.naive import combine_naive
 from m2mkd_kernels.combine.op import combine
@@ -118,6 +118,13 @@ def test_the_bias_gradient_sums_the_rows_of_each_group(device: torch.device, cou
     got = bias_grad(grad, offsets)
     judge(("bias",), [got], [bias_grad_naive(grad, offsets)], [bias_grad_naive(grad.double(), offsets)], F32)
     assert not any(got[g].any() for g, count in enumerate(COUNTS[counts]) if not count)
+
+
+def test_the_sum_over_more_tiles_than_are_added_at_a_time(device: torch.device) -> None:
+    # One row a tile; the second group has 70 of 73 tiles, added 32 at a time. Every tile counts once: 3 + ... + 72 = 2625.
+    sums = torch.arange(73.0, device=device)[:, None].expand(73, 5).contiguous()
+    got = sum_tiles(sums, ends_of([3, 70], device), 1, F32)
+    assert got.tolist() == [[3.0] * 5, [2625.0] * 5]
 
 
 def test_the_bias_gradient_of_gathered_and_scaled_rows(device: torch.device) -> None:

@@ -36,15 +36,21 @@ def sum_rows_kernel(
 
 @triton.jit
 def sum_tiles_kernel(
-    sums_ptr, ends_ptr, out_ptr, num_groups, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr
+    sums_ptr, ends_ptr, out_ptr, num_groups, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """out[group] = sum over the group's row tiles of sums[tile]; zeros without tiles. BLOCK_M is that of the kernel that wrote `sums`."""
+    """out[group] = sum over the group's row tiles of sums[tile]; zeros without tiles. BLOCK_M is that of the kernel that wrote `sums`.
+
+    Tile i of the group is added to partial sum i % BLOCK_TILES, so that as many loads are under way at a time; then those are summed.
+    """
     group = tl.program_id(0)
     first, num_tiles = tiles_of_group(ends_ptr, group, num_groups, BLOCK_M, BLOCK_G)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    sums_ptrs = sums_ptr + first.to(tl.int64) * width + columns
-    for _ in range(0, num_tiles):
-        total += tl.load(sums_ptrs, mask=columns < width, other=0.0)
-        sums_ptrs += width
-    tl.store(out_ptr + group.to(tl.int64) * width + columns, total.to(out_ptr.dtype.element_ty), mask=columns < width)
+    tiles = tl.arange(0, BLOCK_TILES)
+    total = tl.zeros((BLOCK_TILES, BLOCK_N), tl.float32)
+    sums_ptrs = sums_ptr + (first + tiles).to(tl.int64)[:, None] * width + columns[None, :]
+    for done in range(0, num_tiles, BLOCK_TILES):
+        total += tl.load(sums_ptrs, mask=(tiles < num_tiles - done)[:, None] & (columns < width)[None, :], other=0.0)
+        sums_ptrs += BLOCK_TILES * width
+    sums = tl.sum(total, 0)
+    tl.store(out_ptr + group.to(tl.int64) * width + columns, sums.to(out_ptr.dtype.element_ty), mask=columns < width)

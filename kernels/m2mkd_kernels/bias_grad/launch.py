@@ -8,7 +8,7 @@ from torch import Tensor
 from m2mkd_kernels.grouped_gemm.launch import RowIndex
 from m2mkd_kernels.runtime import Launch, cdiv, check_offsets, check_row_index, check_rows, next_power_of_2, require, require_usable
 
-BLOCK_M, BLOCK_N = 64, 128
+BLOCK_M, BLOCK_N, BLOCK_TILES = 64, 128, 32
 
 
 def bias_grad(grad_SO: Tensor, offsets_G: Tensor, index: RowIndex | None = None, scale_N: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def prepare_sum_tiles(sums: Tensor, offsets_G: Tensor, block_m: int, dtype: torc
         sum_tiles_kernel,
         (num_groups, cdiv(width, BLOCK_N)),
         {"sums_ptr": sums, "ends_ptr": offsets_G, "out_ptr": out_GO, "num_groups": num_groups, "width": width},
-        {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_G": _block_g(num_groups)},
+        {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_G": _block_g(num_groups), "BLOCK_TILES": BLOCK_TILES},
         num_warps=4,
         num_stages=3,
     )
