@@ -27,6 +27,7 @@ from m2mkd_kernels.runtime import (
 
 Activation = Literal["none", "gelu", "swiglu"]
 UNGATHERED_STAGES = 4
+GELU_REGISTERS = 128  # a thread: two programs of 256 threads fill the 65536 of a multiprocessor
 GEMM_NAMES: dict[Activation, KernelName] = {"none": "gemm", "gelu": "gemm_gelu", "swiglu": "gemm_swiglu"}
 
 
@@ -113,6 +114,7 @@ def prepare_gemm(
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        options={"maxnreg": GELU_REGISTERS} if activation == "gelu" and _fits_twice(x_SI, k, n, tiles) else {},
     )  # fmt: skip
     return launch, z_RO, h_RO
 
@@ -238,6 +240,17 @@ def prepare_weight_grad(
         num_stages=tiles.num_stages if index is not None else min(tiles.num_stages, UNGATHERED_STAGES),
     )  # fmt: skip
     return launch, dw_GOI
+
+
+def _fits_twice(x_SI: Tensor, k: int, n: int, tiles: TileConfig) -> bool:
+    """Whether the GELU GEMM is known to fit GELU_REGISTERS without spilling, so that two programs share a multiprocessor.
+
+    It was built so for Hopper, with full tiles of 128 x 128 and 8 warps. Elsewhere, and with masks in the loop, it would spill. Meta
+    tensors are prepared as for Hopper.
+    """
+    hopper = x_SI.is_meta or (x_SI.is_cuda and torch.cuda.get_device_capability(x_SI.device) == (9, 0))
+    full = k % tiles.block_k == 0 and n % tiles.block_n == 0
+    return hopper and full and x_SI.dtype != torch.float32 and tiles[:3] == (128, 128, 64) and tiles.num_warps == 8
 
 
 def _tile_constants(tiles: TileConfig, num_groups: int) -> dict[str, int]:
