@@ -1,7 +1,8 @@
 """Tile sizes by kernel, kind of dtype and size: a table in code, not an autotuner.
 
 An autotuner picks by the clock, so two runs of one program may sum in different orders; with a table the same inputs give the
-same bits on every run, as long as machine, versions of torch and triton, shapes and alignment of the tensors are the same. `python -m m2mkd_kernels.tune` measures candidates on a GPU and prints lines for this table.
+same bits on every run, as long as machine, versions of torch and triton, shapes and alignment of the tensors are the same.
+`python -m m2mkd_kernels.tune` measures candidates on a GPU and prints lines for this table.
 """
 
 from __future__ import annotations
