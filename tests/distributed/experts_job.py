@@ -5,6 +5,8 @@ python -m deepspeed ... experts_job.py OUT
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import sys
 import weakref
@@ -17,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2mkd_ds.config import PhaseConfig, RouterConfig
+from m2mkd_ds.config import ROUTER_PRESETS, PhaseConfig, RouterConfig
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
 from m2mkd_ds.distributed.expert_parallel import ParallelExperts, gather_experts, shard_experts_
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE, VMoEArch, VMoEOutput
+from m2mkd_ds.moe.backends import Activation
 from m2mkd_ds.moe.dispatch import make_plan
 from m2mkd_ds.moe.experts import Experts
+from m2mkd_ds.moe.layer import MoELayer
 from m2mkd_ds.train.optim import build_adamw
 
 CASES = {
@@ -167,6 +171,33 @@ def left_alive(world: jobs.World, name: str) -> int:
     return sum(reference() is not None for reference in watched)
 
 
+ROUTERS = {
+    **{name: dataclasses.replace(router, noise=0.0, load_weight=0.0) for name, router in ROUTER_PRESETS.items()},
+    "batch priority": RouterConfig(capacity_factor=0.6, capacity_priority="batch"),
+}
+"""Every preset (the noise would differ from call to call), and one that drops a lot."""
+BACKENDS = ("reference", "loop", "grouped", "padded", "fused")
+
+
+def spread_and_whole(world: jobs.World, router: RouterConfig, backend: str, activation: Activation) -> float:
+    """Largest difference, on this rank's tokens, of output and input's gradient between a layer with spread experts and the whole one."""
+    whole = MoELayer(16, 24, 4, router, backend, activation, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole.router.weight.mul_(20)
+    spread = copy.deepcopy(whole)
+    shard_experts_(spread, world, world.size)
+    generator = torch.Generator().manual_seed(world.rank)
+    x_BLD, grad_BLD = (torch.randn(2 + world.rank, 5, 16, generator=generator) for _ in range(2))
+    results = []
+    for layer in (whole, spread):
+        leaf_BLD = x_BLD.clone().requires_grad_()
+        y_BLD, _ = layer(leaf_BLD)
+        y_BLD.backward(grad_BLD)
+        assert leaf_BLD.grad is not None
+        results.append(torch.stack([y_BLD.detach(), leaf_BLD.grad]))
+    return float((results[0] - results[1]).abs().max())
+
+
 def uneven(world: jobs.World, ep_size: int) -> dict[str, Any]:
     """One spread layer on ranks with other numbers of tokens; rank 2 (or 0) sends everything to expert 1, so others get nothing."""
     experts = Experts(8, 12, 4, "auto", generator=torch.Generator().manual_seed(1))
@@ -233,6 +264,11 @@ def main(out: Path) -> None:
         for saved, wanted in (("zero1", "zero3"), ("zero3", "zero2")):
             results[f"{saved}_to_{wanted}"] = another_stage(world, out, saved, wanted)
         results["left_alive"] = {name: left_alive(world, name) for name in ("zero1", "zero3")}
+        results["spread_and_whole"] = {
+            f"{name}-{backend}-{activation}": jobs.gather_object(spread_and_whole(world, router, backend, activation))
+            for name, router in ROUTERS.items()
+            for backend, activation in [*((b, "gelu") for b in BACKENDS), ("fused", "swiglu")]
+        }
     for ep_size in (2, world.size):
         results[f"uneven_{ep_size}"] = uneven(world, ep_size)
     if world.is_main:

@@ -99,6 +99,12 @@ def test_another_zero_stage_goes_on_from_a_checkpoint(results: Results, saved: s
     assert worst(moved["ema"], stayed["middle"]) > 1e-4  # the average came along, and is not the weights
 
 
+def test_every_router_and_backend_computes_the_same_with_spread_experts(results: Results) -> None:
+    found = results[2]["spread_and_whole"]
+    assert len(found) == 6 * len(job.ROUTERS) and len(job.ROUTERS) >= 6
+    assert not {name: differences for name, differences in found.items() if not all(d <= 1e-6 for d in differences)}
+
+
 def test_a_closed_engine_gives_its_memory_back(results: Results) -> None:
     assert results[2]["left_alive"] == {"zero1": 0, "zero3": 0}
 
