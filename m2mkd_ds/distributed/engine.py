@@ -32,7 +32,7 @@ from m2mkd_ds.distributed.flat_state import GroupState, optimizer_state, rank_fi
 from m2mkd_ds.distributed.groups import ExpertGroups
 from m2mkd_ds.distributed.layout import fill_master
 from m2mkd_ds.distributed.world import World
-from m2mkd_ds.distributed.zero_shards import PartitionedModule, PartitionedOptimizer, ZeroShards
+from m2mkd_ds.distributed.zero_shards import PartitionedModule, PartitionedOptimizer, ZeroShards, forget_module
 
 logger = logging.getLogger("m2mkd_ds")
 
@@ -137,7 +137,8 @@ class DeepSpeedEngine:
         if self.stage == 3:
             _check_stage_3(module, self._spread)
         # Taken before DeepSpeed casts and cuts the module: bf16 keeps 8 bits of the 24 that a weight file brings.
-        originals = {name: p.detach().clone().to(world.device) for name, p in module.named_parameters()}
+        # On the CPU: whole fp32 weights on the device would be the peak of its memory, above all under ZeRO-3.
+        originals = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
         experts = [_expert_groups(group) for group in optimizer.param_groups]
 
         printed = io.StringIO()
@@ -153,7 +154,7 @@ class DeepSpeedEngine:
             self._shards = PartitionedOptimizer(module, optimizer, named_groups, world, experts)
         for layout, master_P in zip(self._shards.layouts, self._masters(), strict=True):
             fill_master(layout, master_P, originals, torch.bfloat16 if self.precision == "bf16" else torch.float32)
-        self._frozen = {name: originals[name] for name, p in module.named_parameters() if not p.requires_grad}
+        self._frozen = {name: originals[name].to(world.device) for name, p in module.named_parameters() if not p.requires_grad}
         for tensor in [*self._frozen.values(), *module.buffers()]:
             torch.distributed.broadcast(tensor, src=0)
         self._ema = [master_P.detach().clone() for master_P in self._masters()] if ema_decay else []
@@ -207,7 +208,7 @@ class DeepSpeedEngine:
         """
         if ema and not self._ema:
             raise ValueError("this engine keeps no moving average: make it with ema_decay > 0")
-        weights = dict(self._frozen)
+        weights = {name: value.float().cpu().clone() for name, value in self._frozen.items()}
         for layout, part_P in zip(self._shards.layouts, self._ema if ema else self._masters(), strict=True):
             for name, piece in layout.split(layout.gather(part_P)).items():
                 whole = piece if layout.experts is None else gather_experts(piece, layout.experts)
@@ -215,10 +216,11 @@ class DeepSpeedEngine:
         name_of = {id(p): name for name, p in self.module.named_parameters()}
         result = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if id(tensor) not in name_of:
-                torch.distributed.broadcast(tensor, src=0)  # a buffer: batch statistics, if any, are a rank's own
-            value = weights[name_of[id(tensor)]] if id(tensor) in name_of else tensor.detach()
-            result[name] = value.float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
+            if id(tensor) in name_of:
+                result[name] = weights[name_of[id(tensor)]]
+                continue
+            torch.distributed.broadcast(tensor, src=0)  # a buffer: batch statistics, if any, are a rank's own
+            result[name] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
         return result
 
     def save(self, folder: Path) -> None:
@@ -271,7 +273,10 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module and free its buffers; the engine is of no use afterwards."""
+        root = self._engine.module
         self._engine.destroy()
+        if self.stage == 3:
+            forget_module(root)
 
 
 def _place(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -79,28 +79,33 @@ def read_rank_files(folder: Path, groups: Sequence[FlatGroup], world_size: int, 
     saved_ep, wanted_ep = (max(ep for _, ep in kinds) for kinds in (heads, wanted))
     if saved_ep != wanted_ep:
         raise ValueError(f"{folder}: written with ep_size {saved_ep}, and this launch has {wanted_ep}; launch with ep_size {saved_ep}")
-    if first["size"] == world_size and heads == wanted:
+    names = [tuple(group["names"]) for group in first["groups"]]
+    same = first["size"] == world_size and heads == wanted and names == [layout.names for layout in groups]
+    if same:
         records = {rank: first if rank == 0 else _read(rank_file(folder, rank))}
     else:
         records = {r: first if r == 0 else _read(rank_file(folder, r)) for r in range(first["size"])}
     _check_names(folder, first["groups"], groups)
-    states = [_group_state(layout, records, first["size"], world_size, rank) for layout in groups]
+    states = [_own_share(layout, records[rank]) if same else _joined_share(layout, records, first["size"]) for layout in groups]
     return states, first["extra"]
 
 
 def _check_names(folder: Path, saved: Sequence[Mapping[str, Any]], groups: Sequence[FlatGroup]) -> None:
     """The parameters must be the same; their order and grouping may differ only between ZeRO stages."""
     saved_names, wanted_names = [tuple(group["names"]) for group in saved], [layout.names for layout in groups]
-    same_kind = {group["kind"] for group in saved} == {layout_kind(layout) for layout in groups}
-    if saved_names != wanted_names if same_kind else sorted(sum(saved_names, ())) != sorted(sum(wanted_names, ())):
+    flat = {group["kind"] for group in saved} | {layout_kind(layout) for layout in groups} == {"flat"}
+    if saved_names != wanted_names if flat else sorted(sum(saved_names, ())) != sorted(sum(wanted_names, ())):
         raise ValueError(f"{folder}: {_difference(saved_names, wanted_names)}")
 
 
-def _group_state(layout: FlatGroup, records: Mapping[int, dict[str, Any]], saved_size: int, world_size: int, rank: int) -> GroupState:
-    """This rank's part of one group, out of the rank files at hand."""
-    if list(records) == [rank] and saved_size == world_size:
-        share = next(group for group in records[rank]["groups"] if tuple(group["names"]) == layout.names)
-        return GroupState(layout, share["tensors"], share["scalars"])
+def _own_share(layout: FlatGroup, record: Mapping[str, Any]) -> GroupState:
+    """This rank's part of one group, as it lies in this rank's own file."""
+    share = next(group for group in record["groups"] if tuple(group["names"]) == layout.names)
+    return GroupState(layout, share["tensors"], share["scalars"])
+
+
+def _joined_share(layout: FlatGroup, records: Mapping[int, dict[str, Any]], saved_size: int) -> GroupState:
+    """This rank's part of one group, out of the files of all ranks: joined by name and cut anew."""
     ep_rank, ep_size = (layout.experts.rank, layout.experts.size) if layout.experts else (0, 1)
     named: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ divides the ranks of a host. DeepSpeed makes the process groups and keeps them b
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,12 @@ def check_divides(where: str, ep_size: int, world_size: int) -> None:
         raise ConfigError(f"{where} is {ep_size} and the job has {world_size} ranks; allowed are the divisors {allowed}")
 
 
-def check_expert_parallel(where: str, ep_size: int, *, num_experts: int | None, world_size: int | None, stage: int) -> None:
+def check_expert_parallel(where: str, ep_size: int, *, num_experts: int | None, world_size: int | None, zero: Mapping[str, Any]) -> None:
     """Refuse, by name and before any model is built, what expert parallelism cannot do. `num_experts` is None for a dense model,
-    `world_size` where the number of ranks is not known yet.
+    `world_size` where the number of ranks is not known yet, `zero` is the block zero_optimization.
 
-    Raises ConfigError: an ep_size that divides not the ranks or not the experts; one above 1 without experts or with ZeRO-3.
+    Raises ConfigError: an ep_size that divides not the ranks or not the experts; one above 1 without experts, with ZeRO-3, or with
+    overlap_comm.
     """
     if ep_size == 1:
         return
@@ -99,7 +101,12 @@ def check_expert_parallel(where: str, ep_size: int, *, num_experts: int | None, 
             f"{where}.ep_size is {ep_size} and student.moe.num_experts is {num_experts}; allowed are the divisors {allowed} "
             "(that also divide the number of ranks)"
         )
-    if stage == 3:
+    if zero.get("overlap_comm"):
+        raise ConfigError(
+            f"{where}.ep_size is {ep_size} and its ds_config has zero_optimization.overlap_comm true: reductions and all-to-alls would run "
+            "side by side on two communicators, which NCCL may answer with a deadlock, and no GPU has tried; set overlap_comm to false"
+        )
+    if zero["stage"] == 3:
         raise ConfigError(
             f"{where}.ep_size is {ep_size} and its ds_config has zero_optimization.stage 3: DeepSpeed supports expert parallelism up to "
             "stage 2; use ds_config=zero2, or ep_size=1 (ZeRO-3 spreads the experts over all ranks by itself)"

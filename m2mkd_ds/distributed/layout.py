@@ -115,10 +115,13 @@ def layout_kind(layout: FlatGroup) -> str:
 
 def fill_master(layout: FlatGroup, master_P: Tensor, originals: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Collective: give the fp32 masters the bits that DeepSpeed's cast took away, after checking that the layout is as assumed."""
-    full_F = layout.join(originals)
-    # DeepSpeed did the same with the cast parameters.
-    torch.distributed.broadcast(full_F, src=layout.first_rank, group=layout.process_group)
-    local_P = layout.local(full_F).to(master_P.device)
+    # DeepSpeed did the same with the cast parameters. One parameter at a time is on the device, never the whole row.
+    first = {}
+    for name in layout.names:
+        tensor = originals[name].to(master_P.device, copy=True)
+        torch.distributed.broadcast(tensor, src=layout.first_rank, group=layout.process_group)
+        first[name] = tensor.to(originals[name].device)
+    local_P = layout.local(layout.join(first)).to(master_P.device)
     # Padding is DeepSpeed's own affair: what it holds there is compared with itself.
     is_weight_P = layout.local(layout.join({name: torch.ones(shape) for name, shape in zip(layout.names, layout.shapes, strict=True)}))
     held_P = torch.where(is_weight_P.to(master_P.device).bool(), master_P.detach(), local_P)

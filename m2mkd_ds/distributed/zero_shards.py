@@ -88,3 +88,17 @@ class PartitionedModule:
             zero._unflatten_partitioned_parameters(index)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def forget_module(root: nn.Module) -> None:
+    """Take a closed ZeRO-3 engine's module out of the two global places in which DeepSpeed 0.19 keeps it, and all of its memory, for
+    ever: a stack of modules, and the cache of a method, whose keys are the engine's own objects."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not root]
+    method = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(method, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()

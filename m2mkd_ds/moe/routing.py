@@ -65,15 +65,18 @@ def count_load(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 @torch.no_grad()
-def routing_stats(logits_TE: Tensor, load_E: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> RoutingStats:
+def routing_stats(
+    logits_TE: Tensor, load_E: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, importance_E: Tensor | None = None
+) -> RoutingStats:
     """Statistics of one batch; for T = 0 all of them are zero.
 
-    `load_E` is the demand; `expert_ids_TK` and `weights_TK` are those of the Routing, after all drops.
+    `load_E` is the demand; `expert_ids_TK` and `weights_TK` are those of the Routing, after all drops. `importance_E` may be given
+    where it is known without a [T, K, E] tensor.
     """
     num_tokens, num_experts = logits_TE.shape
-    experts_E = torch.arange(num_experts, device=logits_TE.device)
-    chosen_TKE = expert_ids_TK[..., None] == experts_E
-    importance_E = (chosen_TKE * weights_TK[..., None]).sum(dim=(0, 1)).float()
+    if importance_E is None:
+        chosen_TKE = expert_ids_TK[..., None] == torch.arange(num_experts, device=logits_TE.device)
+        importance_E = (chosen_TKE * weights_TK[..., None]).sum(dim=(0, 1))
     log_probs_TE = logits_TE.log_softmax(dim=-1)
     entropy = -(log_probs_TE.exp() * log_probs_TE).sum() / max(num_tokens, 1)
     max_logit = logits_TE.max() if num_tokens else logits_TE.new_zeros(())
@@ -81,4 +84,4 @@ def routing_stats(logits_TE: Tensor, load_E: Tensor, expert_ids_TK: Tensor, weig
     demand = load_E.sum()
     drop_rate = (demand - kept_TK.sum()) / demand.clamp_min(1)
     uncovered = (~kept_TK.any(dim=-1)).sum() / max(num_tokens, 1)
-    return RoutingStats(load_E, importance_E, entropy.float(), max_logit.float(), drop_rate.float(), uncovered.float())
+    return RoutingStats(load_E, importance_E.float(), entropy.float(), max_logit.float(), drop_rate.float(), uncovered.float())

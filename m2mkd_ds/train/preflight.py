@@ -65,7 +65,7 @@ def _check_experts(ctx: RunContext, name: str, phase: PhaseConfig, ranks_known: 
         phase.ep_size,
         num_experts=ctx.student_arch.num_experts if _has_experts(ctx, name) else None,
         world_size=ctx.world.size if ranks_known else None,
-        stage=settings["zero_optimization"]["stage"],
+        zero=settings["zero_optimization"],
     )
 
 

@@ -5,7 +5,11 @@ python -m deepspeed ... experts_job.py OUT
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2mkd_ds.config import PhaseConfig, RouterConfig
+from m2mkd_ds.config import ROUTER_PRESETS, PhaseConfig, RouterConfig
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
 from m2mkd_ds.distributed.expert_parallel import ParallelExperts, gather_experts, shard_experts_
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE, VMoEArch, VMoEOutput
+from m2mkd_ds.moe.backends import Activation
 from m2mkd_ds.moe.dispatch import make_plan
 from m2mkd_ds.moe.experts import Experts
+from m2mkd_ds.moe.layer import MoELayer
 from m2mkd_ds.train.optim import build_adamw
 
 CASES = {
-    2: (("zero1", "fp32", 1), ("zero1", "fp32", 2), ("zero2", "fp32", 2), ("zero2", "bf16", 2), ("zero3", "fp32", 1), ("zero3", "bf16", 1)),
+    2: (
+        ("zero1", "fp32", 1), ("zero1", "fp32", 2), ("zero2", "fp32", 2), ("zero1", "bf16", 2), ("zero2", "bf16", 2),
+        ("zero3", "fp32", 1), ("zero3", "bf16", 1),
+    ),
     4: (("zero1", "fp32", 1), ("zero1", "fp32", 2), ("zero2", "fp32", 2), ("zero1", "fp32", 4), ("zero2", "fp32", 4)),
-}
+}  # fmt: skip
 """(ds_config, precision, ep_size) by number of ranks."""
 PHASE = PhaseConfig(micro_batch_size=3, gradient_accumulation_steps=2, clip_grad=0.2, lr=1e-2, weight_decay=0.1, eps=1e-5)
 """eps: with AdamW's usual 1e-8, a gradient that is zero in exact arithmetic (the key's bias: softmax does not see it) would turn rounding
@@ -143,6 +152,52 @@ def parity(world: jobs.World, out: Path, name: str, precision: str, ep_size: int
             "norms": norms, "again": again, "plain": plain, "plain_norms": plain_norms, "refused": refused}  # fmt: skip
 
 
+def another_stage(world: jobs.World, out: Path, saved: str, wanted: str) -> dict[str, Any]:
+    """What `parity` saved with ZeRO stage `saved` goes on with stage `wanted`, on as many ranks and (rank 0 of) every number of them."""
+    with engine_of(world, wanted, "fp32", 1, seed=5, ema_decay=0.5) as engine:
+        engine.load(out / f"2_{saved}_fp32_1")
+        loaded, ema = engine.full_state_dict(), engine.full_state_dict(ema=True)
+        train(engine, world, range(2, 4))
+        return {"loaded": loaded, "ema": ema, "end": engine.full_state_dict()}
+
+
+def left_alive(world: jobs.World, name: str) -> int:
+    """How many of an engine's parameters are still in memory after it was closed and nobody else has them."""
+    with engine_of(world, name, "fp32", 1, seed=0) as engine:
+        train(engine, world, range(1))
+        watched = [weakref.ref(p) for p in engine.module.parameters()]
+    del engine
+    gc.collect()
+    return sum(reference() is not None for reference in watched)
+
+
+ROUTERS = {
+    **{name: dataclasses.replace(router, noise=0.0, load_weight=0.0) for name, router in ROUTER_PRESETS.items()},
+    "batch priority": RouterConfig(capacity_factor=0.6, capacity_priority="batch"),
+}
+"""Every preset (the noise would differ from call to call), and one that drops a lot."""
+BACKENDS = ("reference", "loop", "grouped", "padded", "fused")
+
+
+def spread_and_whole(world: jobs.World, router: RouterConfig, backend: str, activation: Activation) -> float:
+    """Largest difference, on this rank's tokens, of output and input's gradient between a layer with spread experts and the whole one."""
+    whole = MoELayer(16, 24, 4, router, backend, activation, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole.router.weight.mul_(20)
+    spread = copy.deepcopy(whole)
+    shard_experts_(spread, world, world.size)
+    generator = torch.Generator().manual_seed(world.rank)
+    x_BLD, grad_BLD = (torch.randn(2 + world.rank, 5, 16, generator=generator) for _ in range(2))
+    results = []
+    for layer in (whole, spread):
+        leaf_BLD = x_BLD.clone().requires_grad_()
+        y_BLD, _ = layer(leaf_BLD)
+        y_BLD.backward(grad_BLD)
+        assert leaf_BLD.grad is not None
+        results.append(torch.stack([y_BLD.detach(), leaf_BLD.grad]))
+    return float((results[0] - results[1]).abs().max())
+
+
 def uneven(world: jobs.World, ep_size: int) -> dict[str, Any]:
     """One spread layer on ranks with other numbers of tokens; rank 2 (or 0) sends everything to expert 1, so others get nothing."""
     experts = Experts(8, 12, 4, "auto", generator=torch.Generator().manual_seed(1))
@@ -205,6 +260,15 @@ def main(out: Path) -> None:
     results: dict[str, Any] = {}
     for name, precision, ep_size in CASES[world.size]:
         results[f"{name}_{precision}_{ep_size}"] = parity(world, out, name, precision, ep_size)
+    if world.size == 2:
+        for saved, wanted in (("zero1", "zero3"), ("zero3", "zero2")):
+            results[f"{saved}_to_{wanted}"] = another_stage(world, out, saved, wanted)
+        results["left_alive"] = {name: left_alive(world, name) for name in ("zero1", "zero3")}
+        results["spread_and_whole"] = {
+            f"{name}-{backend}-{activation}": jobs.gather_object(spread_and_whole(world, router, backend, activation))
+            for name, router in ROUTERS.items()
+            for backend, activation in [*((b, "gelu") for b in BACKENDS), ("fused", "swiglu")]
+        }
     for ep_size in (2, world.size):
         results[f"uneven_{ep_size}"] = uneven(world, ep_size)
     if world.is_main:

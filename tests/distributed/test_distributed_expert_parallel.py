@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,9 @@ def of(results: Results, case: tuple[int, str, str, int]) -> dict[str, Any]:
 
 
 def worst(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Largest difference; names and shapes must agree."""
+    """Largest difference; names and shapes must agree. By torch's max, which passes NaN on (Python's does not)."""
     assert {k: v.shape for k, v in left.items()} == {k: v.shape for k, v in right.items()}
-    return max(float((left[k] - right[k]).abs().max()) for k in left)
+    return float(torch.stack([(left[k] - right[k]).abs().max() for k in left]).max())
 
 
 @pytest.mark.parametrize("case", EXACT, ids=str)
@@ -63,11 +62,12 @@ def test_equals_one_process_with_router_losses(results: Results, case: tuple[int
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] == "bf16"], ids=str)
 def test_bf16_stays_near_the_fp32_run(results: Results, case: tuple[int, str, str, int]) -> None:
-    weights, _ = job.reference(case[0], losses=True)
+    weights, norms = job.reference(case[0], losses=True)
+    # AdamW would hide a wrong scale of the gradients, their norms do not: measured deviations are up to 0.2 %.
+    assert of(results, case)["norms"] == pytest.approx(norms, rel=0.02)
     # bf16 keeps 8 bits; Adam turns a gradient's rounded sign into a step of size lr, so the bound is the summed learning rates.
     difference = worst(of(results, case)["end"], weights)
     assert 1e-6 < difference <= sum(job.RATES)
-    assert math.isfinite(difference)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -91,6 +91,24 @@ def test_a_checkpoint_of_another_ep_size_is_refused_by_name(results: Results, ca
     assert f"written with ep_size {saved}, and this launch has {other}; launch with ep_size {saved}" in of(results, case)["refused"]
 
 
+@pytest.mark.parametrize(("saved", "wanted"), [("zero1", "zero3"), ("zero3", "zero2")])
+def test_another_zero_stage_goes_on_from_a_checkpoint(results: Results, saved: str, wanted: str) -> None:
+    moved, stayed = results[2][f"{saved}_to_{wanted}"], of(results, (2, saved, "fp32", 1))
+    assert worst(moved["loaded"], stayed["middle"]) == 0.0
+    assert worst(moved["end"], stayed["end"]) <= 1e-6
+    assert worst(moved["ema"], stayed["middle"]) > 1e-4  # the average came along, and is not the weights
+
+
+def test_every_router_and_backend_computes_the_same_with_spread_experts(results: Results) -> None:
+    found = results[2]["spread_and_whole"]
+    assert len(found) == 6 * len(job.ROUTERS) and len(job.ROUTERS) >= 6
+    assert not {name: differences for name, differences in found.items() if not all(d <= 1e-6 for d in differences)}
+
+
+def test_a_closed_engine_gives_its_memory_back(results: Results) -> None:
+    assert results[2]["left_alive"] == {"zero1": 0, "zero3": 0}
+
+
 @pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (4, 2), (4, 4)])
 def test_uneven_tokens_and_an_idle_expert_give_the_gradients_of_one_process(results: Results, ranks: int, ep_size: int) -> None:
     result, want = results[ranks][f"uneven_{ep_size}"], job.uneven_reference(ranks)
@@ -109,15 +127,18 @@ def test_shares_are_contiguous_and_cover_all_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ep_size", "num_experts", "world_size", "stage", "message"),
+    ("ep_size", "num_experts", "world_size", "zero", "message"),
     [
-        (2, None, 4, 1, "m2mkd.ep_size is 2, but the model of this phase has no experts; set it to 1"),
-        (3, 8, 3, 1, r"m2mkd.ep_size is 3 and student.moe.num_experts is 8; allowed are the divisors 1, 2, 4, 8"),
-        (4, 8, 6, 2, "m2mkd.ep_size is 4 and the job has 6 ranks; allowed are the divisors 1, 2, 3, 6"),
-        (2, 8, 2, 3, r"m2mkd.ep_size is 2 and its ds_config has zero_optimization.stage 3: .* use ds_config=zero2, or ep_size=1"),
+        (2, None, 4, {"stage": 1}, "m2mkd.ep_size is 2, but the model of this phase has no experts; set it to 1"),
+        (3, 8, 3, {"stage": 1}, r"m2mkd.ep_size is 3 and student.moe.num_experts is 8; allowed are the divisors 1, 2, 4, 8"),
+        (4, 8, 6, {"stage": 2}, "m2mkd.ep_size is 4 and the job has 6 ranks; allowed are the divisors 1, 2, 3, 6"),
+        (2, 8, 2, {"stage": 3}, r"its ds_config has zero_optimization.stage 3: .* use ds_config=zero2, or ep_size=1"),
+        (2, 8, 2, {"stage": 2, "overlap_comm": True}, "zero_optimization.overlap_comm true: .* set overlap_comm to false"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(ep_size: int, num_experts: int | None, world_size: int, stage: int, message: str) -> None:
+def test_what_cannot_be_is_refused_by_name(
+    ep_size: int, num_experts: int | None, world_size: int, zero: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_expert_parallel("m2mkd", ep_size, num_experts=num_experts, world_size=world_size, stage=stage)
-    check_expert_parallel("m2mkd", 1, num_experts=num_experts, world_size=world_size, stage=stage)
+        check_expert_parallel("m2mkd", ep_size, num_experts=num_experts, world_size=world_size, zero=zero)
+    check_expert_parallel("m2mkd", 1, num_experts=num_experts, world_size=world_size, zero=zero)

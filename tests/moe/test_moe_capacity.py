@@ -22,6 +22,7 @@ from tests.moe.router_oracle import identity_router, slow_top_k
         (20, 4, 1.05, 4, 8),  # 5.25 -> 6 -> 8
         (2 * 197 * 8, 8, 1.05, 4, 416),  # 413.7 -> 414 -> 416
         (0, 4, 1.25, 4, 0),
+        (2760, 4, 1.1, 1, 759),  # exactly 759; in floating point a little more
     ],
 )
 def test_capacity_is_the_share_times_the_factor_rounded_up(choices: int, experts: int, factor: float, multiple: int, capacity: int) -> None:

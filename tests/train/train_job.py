@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from m2mkd_ds.config import AugmentConfig, PhaseConfig, RunConfig
+from m2mkd_ds.config import AugmentConfig, PhaseConfig, RouterConfig, RunConfig
 from m2mkd_ds.distributed.world import World, barrier, init_world, shutdown
 from m2mkd_ds.recipes import get_recipe
 from m2mkd_ds.teacher.colocated import ColocatedFeed
@@ -47,7 +47,7 @@ def small_config(out: Path, name: str, world_size: int) -> RunConfig:
     data = replace(base.data, augment=augment, train=str(out / "shards" / "train"), validation=str(out / "shards" / "validation"))
     teacher = replace(base.teacher, arch_args={"patch_size": 4, "embed_dim": 32, "depth": 5, "num_heads": 2}, depths=(2, 1, 2))
     # With loss-free balancing, so that its biases are among the weights that all arrangements must agree on.
-    router = replace(base.student.moe.router, balance_rate=0.001)
+    router = RouterConfig(kind="noisy_topk", softmax="before", switch_weight=0.01, balance_rate=0.001)
     student = replace(base.student, embed_dim=16, depths=(1, 2, 1), moe=replace(base.student.moe, router=router))
     return replace(
         base, run_dir=str(out / name), data=data, teacher=teacher, meta=replace(base.meta, depths=(1, 2, 1)), student=student,
@@ -142,8 +142,17 @@ def interrupted(config: RunConfig, world: World, mode: str, phase: str, source: 
 def spread(config: RunConfig, world: World, mode: str, source: Path) -> None:
     """The student's phases with experts spread over the ranks, and with ZeRO-3: straight, and stopped and resumed; evaluated on the way.
 
-    The validation images (an odd number a rank and batch) make one rank need more forward passes than the other.
+    Batches of 179 of the 359 validation images: rank 0 has 180 of them and needs two forward passes, rank 1 one.
     """
+    original = jobs.EvalLoader
+    jobs.EvalLoader = lambda *args, **options: original(*args, **{**options, "batch_size": 179})  # type: ignore[assignment, misc]
+    try:
+        _spread(config, world, mode, source)
+    finally:
+        jobs.EvalLoader = original  # type: ignore[misc]
+
+
+def _spread(config: RunConfig, world: World, mode: str, source: Path) -> None:
     for name, change in {"ep": {"ep_size": world.size}, "zero3": {"ds_config": "zero3"}}.items():
         changed = replace(
             config, m2mkd=replace(config.m2mkd, eval_epochs=0.05, **change), end_to_end=replace(config.end_to_end, ema_decay=0.0, **change)

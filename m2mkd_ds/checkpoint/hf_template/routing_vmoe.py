@@ -5,7 +5,6 @@
 Shape letters: T tokens of the whole batch, D width, E experts, K experts a token, N = T*K.
 """
 
-import math
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +89,9 @@ class VMoERouter(nn.Linear):
         if not factor and config.router_kind == "expert_choice":
             factor = config.router_capacity_factor
         multiple = config.router_capacity_multiple
-        return -(-math.ceil(num_choices * factor / config.num_experts) // multiple) * multiple
+        # In integers: in floating point 2760 * 1.1 / 4 is a little above 759.
+        capacity = -(-num_choices * round(factor * 1_000_000) // (config.num_experts * 1_000_000))
+        return -(-capacity // multiple) * multiple
 
     def _bounded(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """Keep the first C claims on each expert. First choices come before second ones; within them tokens in order, or

@@ -69,7 +69,8 @@ class _AddGroupBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (offsets_E,) = ctx.saved_tensors
-        grad_RO = grads[0].contiguous()  # grouped_mm's own backward takes no expanded strides
+        # grouped_mm's own backward takes no expanded strides, and contiguous() leaves those of an empty tensor alone.
+        grad_RO = grads[0].contiguous() if grads[0].numel() else torch.empty_like(grads[0], memory_format=torch.contiguous_format)
         op = grouped_mm_op()
         assert op is not None
         # One row of ones would do; the operator wants strides of 16 bytes, so 16 // itemsize equal rows, of which the first is kept.

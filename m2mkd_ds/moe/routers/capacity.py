@@ -6,15 +6,17 @@ images by themselves, while here the group is the whole forward pass of a rank. 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 
 def expert_capacity(num_choices: int, num_experts: int, factor: float, multiple: int) -> int:
-    """C = ceil(choices * factor / E), rounded up to a multiple: the even share at factor 1."""
-    capacity = math.ceil(num_choices * factor / num_experts)
+    """C = ceil(choices * factor / E), rounded up to a multiple: the even share at factor 1.
+
+    In integers, to a millionth of the factor: in floating point 2760 * 1.1 / 4 is a little above 759, and C would be 760.
+    """
+    millionths = round(factor * 1_000_000)
+    capacity = -(-num_choices * millionths // (num_experts * 1_000_000))
     return -(-capacity // multiple) * multiple
 
 

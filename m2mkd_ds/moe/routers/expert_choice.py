@@ -36,5 +36,5 @@ class ExpertChoiceRouter(LinearRouter):
         expert_ids_TE = torch.where(taken_TE, torch.arange(num_experts, device=order_TE.device), num_experts)
         weights_TE = torch.where(taken_TE, probs_TE, 0)
         load_E = taken_TE.sum(dim=0)
-        stats = routing_stats(logits_TE, load_E, expert_ids_TE, weights_TE)
+        stats = routing_stats(logits_TE, load_E, expert_ids_TE, weights_TE, weights_TE.detach().sum(dim=0))
         return Routing(expert_ids_TE, weights_TE, self.losses(logits_TE, load_E), stats, max_rows=num_experts * capacity)

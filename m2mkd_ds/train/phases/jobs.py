@@ -44,7 +44,7 @@ def make_trainee(
     average = copy.deepcopy(module).to(ctx.world.device, ctx.dtype(phase.precision)).eval() if phase.ema_decay else None
     if phase.ep_size > 1 and has_experts(module):  # a module of a pair may have dense blocks only
         shard_experts_(module, ctx.world, phase.ep_size)
-    module.to(ctx.world.device).train()
+    module.train()  # the engine moves it, after the cast to the precision of the run
     engine = DeepSpeedEngine(module, build_adamw(module, phase), settings, ctx.world, ema_decay=phase.ema_decay)
     return Trainee(
         name=name, pair=pair, folder=folder, engine=engine, fingerprint=print_, average=average,
