@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def run_experts(options: ExpertBench, world: World) -> str:
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "command": options.command(),
-        "options": {name: str(value) if name == "out" and value else value for name, value in asdict(options).items()},
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "device": device.type,
         "dtype": dtype_name,
         "ranks": world.size,

@@ -181,6 +181,18 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
         run_experts(ExpertBench(device="cuda"), ALONE)
 
 
+def test_a_trained_load_is_measured_and_its_run_recorded(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "evaluate").mkdir(parents=True)
+    (run / "evaluate" / "results.json").write_text(json.dumps({"expert_load": {"student": {"0": [30, 6, 3, 1]}}}))
+    options = ExpertBench(**SIZES, level="layer", routing=("run",), load_from=run, peers=("dense", "loop"), out=tmp_path)
+    run_experts(options, ALONE)
+    result = json.loads((tmp_path / "experts_cpu_fp32.json").read_text())
+    assert result["options"]["load_from"] == str(run)
+    (row,) = rows_of(result, routing="run", peer="loop")
+    assert row["available"] and row["load"][0] == max(row["load"]) and sum(row["load"]) == 80
+
+
 def test_the_command_is_what_was_asked_for() -> None:
     options = ExpertBench(level="layer", tokens=40, top_k=1, routing=("zipf", "balanced"), out=Path("results"))
     assert options.command() == "m2mkd bench experts --level layer --tokens 40 --top-k 1 --routing zipf balanced --out results"
