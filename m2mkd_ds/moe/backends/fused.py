@@ -16,6 +16,7 @@ Shape letters: T tokens, K choices, R rows, n rows of one block, E experts, D wi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -193,7 +194,7 @@ class _Scratch(NamedTuple):
 
 def _segments(ends: list[int]) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, end row) of every expert that has rows."""
-    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+    for e, (start, end) in enumerate(pairwise([0, *ends])):
         if start < end:
             yield e, start, end
 
@@ -273,7 +274,7 @@ class _WeightGrads:
     def new(cls, weights: ExpertWeights, needs: list[bool], ends: list[int]) -> _WeightGrads:
         """Uninitialised but for the experts without rows, whose gradients are zero."""
         grads = cls(*(torch.empty_like(w) if needed else None for w, needed in zip(weights[:4], needs, strict=True)))
-        empty = [e for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start == end]
+        empty = [e for e, (start, end) in enumerate(pairwise([0, *ends])) if start == end]
         for grad in grads.tensors():
             if grad is not None:
                 for e in empty:

@@ -6,6 +6,8 @@ Shape letters: R rows, E experts, D width, F hidden width.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int, 
 def run(rows_RD: Tensor, offsets_E: Tensor, weights: ExpertWeights) -> Tensor:
     """Contract in `moe.backends.contract`. Host sync: the offsets are read."""
     ends = offsets_E.tolist()
-    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    sizes = [end - start for start, end in pairwise([0, *ends])]
     tail = rows_RD.shape[0] - (ends[-1] if ends else 0)
     # split and unbind, not indexing: their backward is one cat or stack, not E zero-filled copies of the whole.
     *segments, nobody = rows_RD.split([*sizes, tail])
