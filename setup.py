@@ -25,6 +25,9 @@ INSTALL_REQUIRES = [
     "pydantic>=2.8",
     "pyyaml>=6.0.1",
     "rich>=13.7",
+    "simplejpeg>=1.8",  # libjpeg-turbo in a wheel; data.decode=fast
+    "urllib3>=2.2",  # range reads over http(s) on kept-alive connections
+    "fsspec>=2024.6",  # s3://, gs:// and hf:// shards; torch brings it anyway
 ]
 DEV_REQUIRES = [
     "ruff>=0.15",
@@ -35,7 +38,15 @@ DEV_REQUIRES = [
     "coverage>=7.6",
     "setuptools>=77",  # builds the wheel that tests/scripts looks into
     "types-PyYAML",
+    "resvg-py>=0.5",  # the extra `icons`
+    "datasets>=4.0",  # the extra `datasets`
 ]
+EXTRAS = {
+    "s3": ["s3fs>=2024.6"],
+    "gs": ["gcsfs>=2024.6"],
+    "icons": ["resvg-py>=0.5"],
+    "datasets": ["datasets>=4.0"],
+}
 
 ROOM_PACKAGES = find_packages(include=["m2mkd_ds", "m2mkd_ds.*"])
 KERNEL_PACKAGES = find_packages("kernels", include=["m2mkd_kernels", "m2mkd_kernels.*"])
@@ -73,7 +84,7 @@ setup(
         "m2mkd_ds.report": ["*.css", "*.html"],
     },
     install_requires=INSTALL_REQUIRES,
-    extras_require={"dev": DEV_REQUIRES},
+    extras_require={"dev": DEV_REQUIRES, **EXTRAS},
     entry_points={"console_scripts": ["m2mkd = m2mkd_ds.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

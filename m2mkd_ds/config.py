@@ -21,6 +21,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from m2mkd_ds.data_config import DATA_LIMITS, AugmentConfig, DataConfig, check_data_config
+from m2mkd_ds.phase_config import PHASE_LIMITS, PhaseConfig
 from m2mkd_ds.router_config import ROUTER_PRESETS, RouterConfig, check_router, router_preset
 
 __all__ = [
@@ -31,60 +33,6 @@ __all__ = [
 
 PHASES = ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline")
 """Training phases, in the order in which the pipeline runs them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Training-time augmentation; every name means what it means in timm's `create_transform` and `Mixup`."""
-
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area range of the random resized crop. (1, 1) switches the crop off and pads/shifts instead (small images)."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
-    color_jitter: float = 0.0
-    """Strength of colour jitter; ignored by timm when `auto_augment` is set."""
-    auto_augment: str = ""
-    """timm policy string, for example `rand-m9-mstd0.5-inc1`; empty for none."""
-    random_erase: float = 0.0
-    """Probability of random erasing (timm mode `pixel`)."""
-    mixup: float = 0.0
-    """Mixup alpha; 0 switches mixup off."""
-    cutmix: float = 0.0
-    """Cutmix alpha; 0 switches cutmix off."""
-    mix_prob: float = 1.0
-    """Probability that a micro-batch is mixed at all."""
-    mix_switch_prob: float = 0.5
-    """Probability of cutmix when both are on."""
-    label_smoothing: float = 0.0
-    """Label smoothing, folded into the soft targets."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the shards are and how an image becomes a tensor."""
-
-    train: str = ""
-    """Folder of the training shards (holds `index.json`, see `m2mkd shards`)."""
-    validation: str = ""
-    """Folder of the validation shards; evaluation uses every image of it exactly once."""
-    source: str = ""
-    """Named source that the pipeline makes the shards from when they are not there: digits | fashion_mnist."""
-    num_classes: int = 1000
-    """Number of classes; checked against the index of the shards before anything runs."""
-    image_size: int = 224
-    """Side of the square input, in pixels."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Per-channel mean that is subtracted from pixels in [0, 1]."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Per-channel standard deviation that pixels are divided by."""
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """Resampling filter of training and evaluation."""
-    crop_pct: float = 0.875
-    """Evaluation: the shorter side is resized to image_size / crop_pct, then the centre is cropped."""
-    num_workers: int = 2
-    """Loader worker processes a rank; 0 decodes in the training process. The pixels do not depend on it."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """What happens to training images only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,55 +120,6 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhaseConfig:
-    """One training phase."""
-
-    epochs: float = 100.0
-    """Passes over the training images. steps = round(epochs * images / global batch), at least 1."""
-    max_steps: int = 0
-    """Upper bound on optimizer steps; 0 for none."""
-    micro_batch_size: int = 128
-    """Images of one forward pass on one rank."""
-    gradient_accumulation_steps: int = 1
-    """Forward-backward passes an optimizer step. global batch = micro_batch_size * this * ranks."""
-    lr: float = 5e-4
-    """Peak learning rate for `lr_batch` images; the scaled value is logged, this field is never edited."""
-    lr_batch: int = 512
-    """Linear scaling: peak = lr * global_batch / lr_batch. 0 switches scaling off."""
-    min_lr: float = 1e-5
-    """Learning rate at the end of the cosine (not scaled)."""
-    warmup_lr: float = 1e-6
-    """Learning rate of the first warm-up step (not scaled)."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from `warmup_lr` to the peak, part of `epochs`."""
-    weight_decay: float = 0.05
-    """Not applied to norms, biases, positions, tokens and layer scales."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
-    eps: float = 1e-8
-    """AdamW's term in the denominator."""
-    clip_grad: float = 0.0
-    """Largest global gradient norm, in every precision, per teaching pair; 0 for none."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block of the whole model; the ramp is global, not per module."""
-    ema_decay: float = 0.0
-    """Exponential moving average of the weights; 0 for none. With it, the averaged weights are the phase's result."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the hardware has bf16 units, else fp32."""
-    ds_config: str = "zero1"
-    """Name of a file in ds_configs/ (without .json), or a path."""
-    ep_size: int = 1
-    """Expert parallelism: neighbouring ranks that share the experts of every MoE layer, each holding num_experts / ep_size of them.
-    Must divide the ranks and the experts. 1: every rank holds all experts, which is faster as long as they fit."""
-    eval_epochs: float = 10.0
-    """Evaluate every so many epochs, and always at the end; 0: only at the end."""
-    checkpoint_steps: int = 500
-    """Save a resumable checkpoint every so many steps, and at the end."""
-    log_steps: int = 20
-    """Write a line to metrics.jsonl every so many steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """How the pipeline calls the `deepspeed` launcher."""
 
@@ -301,21 +200,12 @@ class ConfigError(ValueError):
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
-    "data.num_classes": (1, inf), "data.image_size": (1, inf), "data.num_workers": (0, inf), "data.crop_pct": (0.01, 1),
-    "data.augment.hflip": (0, 1), "data.augment.random_erase": (0, 1), "data.augment.mix_prob": (0, 1),
-    "data.augment.mix_switch_prob": (0, 1), "data.augment.label_smoothing": (0, 1), "data.augment.mixup": (0, inf),
-    "data.augment.cutmix": (0, inf), "student.embed_dim": (1, inf), "student.num_heads": (1, inf), "student.patch_size": (1, inf),
-    "student.mlp_ratio": (0.01, inf), "student.moe.placement_n": (1, inf), "student.moe.num_experts": (1, inf),
-    "launch.num_gpus": (0, inf), "launch.threads_per_rank": (1, inf), "meta.align_weight": (0, inf),
+    **{f"data.{field}": limits for field, limits in DATA_LIMITS.items()},
+    "student.embed_dim": (1, inf), "student.num_heads": (1, inf), "student.patch_size": (1, inf), "student.mlp_ratio": (0.01, inf),
+    "student.moe.placement_n": (1, inf), "student.moe.num_experts": (1, inf), "launch.num_gpus": (0, inf),
+    "launch.threads_per_rank": (1, inf), "meta.align_weight": (0, inf),
 }  # fmt: skip
 """Smallest and largest allowed value by dotted field."""
-
-_PHASE_LIMITS: dict[str, tuple[float, float]] = {
-    "micro_batch_size": (1, inf), "gradient_accumulation_steps": (1, inf), "checkpoint_steps": (1, inf), "log_steps": (1, inf),
-    "ep_size": (1, inf), "max_steps": (0, inf), "lr_batch": (0, inf), "min_lr": (0, inf), "warmup_lr": (0, inf), "weight_decay": (0, inf),
-    "clip_grad": (0, inf), "eval_epochs": (0, inf), "drop_path": (0, 0.99), "ema_decay": (0, 0.999999),
-}  # fmt: skip
-"""The same for the fields of every phase."""
 
 
 def _check(config: RunConfig) -> None:
@@ -340,6 +230,7 @@ def _check(config: RunConfig) -> None:
     if config.distill.temperature <= 0:
         raise ConfigError(f"distill.temperature is {config.distill.temperature}; it must be positive")
     try:
+        check_data_config(config.data)
         check_router(config.student.moe.router, config.student.moe.num_experts, at="student.moe.")
     except ValueError as err:
         raise ConfigError(str(err)) from None
@@ -355,7 +246,7 @@ def _check_limits(path: str, value: float, low: float, high: float) -> None:
 
 
 def _check_phase(name: str, phase: PhaseConfig) -> None:
-    for key, (low, high) in _PHASE_LIMITS.items():
+    for key, (low, high) in PHASE_LIMITS.items():
         _check_limits(f"{name}.{key}", getattr(phase, key), low, high)
     if phase.epochs <= 0 or phase.lr <= 0:
         raise ConfigError(f"{name}.epochs is {phase.epochs} and {name}.lr is {phase.lr}; both must be positive")

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m2mkd_ds.data.index import AtomicFile, ShardError
+from m2mkd_ds.data.atomic import AtomicFile
+from m2mkd_ds.data.errors import ShardError
 
 logger = logging.getLogger("m2mkd_ds")
 

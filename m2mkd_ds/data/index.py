@@ -4,39 +4,31 @@
     FOLDER/index.npy              one row a sample: shard, offset, size, label, crc32, key, extension (memory-mapped)
     FOLDER/index.json             shards with size and sha256, classes, source, licence, fingerprint; written last
 
+The shards may lie elsewhere: then `base` in index.json is the address that their names are appended to.
+
 A sample is one `pread` at a known offset: no tar parsing, no shared file position, so any process or thread may read
 any sample in any order. The order itself is the business of `data/plan.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from m2mkd_ds.data.atomic import AtomicFile, file_sha256
+from m2mkd_ds.data.errors import SampleError, ShardError
+from m2mkd_ds.data.shard_files import Access, LocalFiles, ShardFiles
 
 FORMAT = "m2mkd-shards-1"
 INDEX_NAME = "index.json"
 TABLE_NAME = "index.npy"
-MAX_OPEN_SHARDS = 64
-"""Open files a process; ImageNet has 1,024 shards and many systems allow 1,024 open files."""
-
-
-class ShardError(ValueError):
-    """A shard folder that cannot be used or written; the message names the file, what is wrong and what to do."""
-
-
-class SampleError(ValueError):
-    """One damaged sample; the message names shard, key, sample number and, from the loader, the stream position."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +65,16 @@ def write_index(
     source: str,
     license: str,
     request: Mapping[str, Any],
+    base: str = "",
 ) -> None:
-    """Write index.npy, then index.json, each under a temporary name first: a folder without index.json is incomplete."""
+    """Write index.npy, then index.json, each under a temporary name first: a folder without index.json is incomplete.
+
+    `base`: folder or URL of the shards; empty when they lie in `folder`. Not part of the fingerprint: a copy elsewhere is the same data.
+    """
     table_path = folder / TABLE_NAME
     with AtomicFile(table_path) as file:
         np.save(file, table, allow_pickle=False)
-    content = _content(class_names, shards, _file_sha256(table_path))
+    content = _content(class_names, shards, file_sha256(table_path))
     tree = {
         **content,
         "fingerprint": _fingerprint(content),
@@ -86,6 +82,7 @@ def write_index(
         "source": source,
         "license": license,
         "request": dict(request),
+        "base": base,
     }
     with AtomicFile(folder / INDEX_NAME) as file:
         file.write(json.dumps(tree, indent=1).encode())
@@ -94,8 +91,11 @@ def write_index(
 class ShardIndex:
     """A loaded index. Made by `ShardIndex.load`; cheap to send to a worker (only the path travels)."""
 
-    def __init__(self, folder: Path, tree: Mapping[str, Any], table: np.ndarray) -> None:
+    def __init__(self, folder: Path, tree: Mapping[str, Any], table: np.ndarray, access: Access) -> None:
         self.folder = folder
+        self.access = access
+        self.base: str = tree.get("base", "")
+        """Address that shard names are appended to; empty: `folder`."""
         self.shards = tuple(ShardRecord(**record) for record in tree["shards"])
         self.class_names: tuple[str, ...] = tuple(tree["class_names"])
         self.num_classes = len(self.class_names)
@@ -106,11 +106,12 @@ class ShardIndex:
         self.request: dict[str, Any] = tree["request"]
         self.labels_N: np.ndarray = table["label"].astype(np.int64)
         """int64 class number of every sample, in index order."""
-        self._table = table
-        self._files = _OpenShards([folder / shard.name for shard in self.shards])
+        self.table = table
+        """One row a sample (`table_dtype`), sorted by shard and offset."""
+        self.files: ShardFiles = LocalFiles([folder / shard.name for shard in self.shards])
 
     @classmethod
-    def load(cls, folder: str | Path) -> ShardIndex:
+    def load(cls, folder: str | Path, access: Access | None = None) -> ShardIndex:
         """Read and check the index and the shard files' sizes.
 
         Raises ShardError when the folder is incomplete, a shard is missing or truncated, or the parts disagree.
@@ -118,13 +119,18 @@ class ShardIndex:
         path = Path(folder)
         tree = _read_json(path)
         table = _read_table(path, tree)
-        index = cls(path, tree, table)
+        index = cls(path, tree, table, access or Access())
         _check_counts(index, tree)
         _check_shard_files(index)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, (str(self.folder), self.fingerprint)
+        return _reload, (str(self.folder), self.access, self.fingerprint)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples of each shard, in index order; what the plan needs to know of the data."""
+        return tuple(shard.num_samples for shard in self.shards)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -136,100 +142,28 @@ class ShardIndex:
         """
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample}: the index of {self.folder} has samples 0 to {self.num_samples - 1}")
-        shard, offset, size, label, crc32, key, _ = self._table[sample].item()
-        data = self._files.read(shard, offset, size)
+        shard, offset, size, label, crc32, key, _ = self.table[sample].item()
+        data = self.files.read(shard, offset, size)
         if len(data) != size or zlib.crc32(data) != crc32:
             found = f"only {len(data)} of {size} bytes" if len(data) != size else "other bytes than were indexed (crc32 differs)"
-            raise SampleError(f"{self.describe(sample)}: the shard holds {found}; write the shards again or restore the file")
+            raise SampleError(
+                f"{self.describe(sample)}: the shard holds {found}; write the shards again or restore the file",
+                "truncated" if len(data) != size else "checksum",
+            )
         return data, label, key.decode()
 
     def describe(self, sample: int) -> str:
         """Where sample number `sample` is, for messages."""
-        row = self._table[sample]
+        row = self.table[sample]
         return f"shard {self.folder / self.shards[int(row['shard'])].name}, key {row['key'].decode()}, sample {sample}"
 
 
-def _reload(folder: str, fingerprint: str) -> ShardIndex:
+def _reload(folder: str, access: Access, fingerprint: str) -> ShardIndex:
     """Load in another process, and make sure that it is still the same data."""
-    index = ShardIndex.load(folder)
+    index = ShardIndex.load(folder, access)
     if index.fingerprint != fingerprint:
         raise ShardError(f"{folder}: fingerprint is {index.fingerprint}, the run began with {fingerprint}; the shards were rewritten")
     return index
-
-
-class _OpenShard:
-    """A file descriptor that closes when nobody uses it any more, so a reader never loses it to eviction."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        # `descriptor` is absent when open() failed.
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class _OpenShards:
-    """Least-recently-used cache of open shards; positions are never shared, because reads are `pread`."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        with self._lock:
-            file = self._open.get(shard)
-            if file is None:
-                file = self._open[shard] = _OpenShard(self._paths[shard])
-                if len(self._open) > MAX_OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(shard)
-        return os.pread(file.descriptor, size, offset)
-
-
-class AtomicFile:
-    """Context manager: a binary file that appears under `path` complete and on disk, or not at all.
-
-    Raises OSError naming `path` when it cannot be written (full disk, no permission); nothing is left behind.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> BinaryIO:
-        self._file = self._temporary.open("wb")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._temporary, self._path)
-                _sync_folder(self._path.parent)
-        except OSError as err:
-            error = err
-        if error is None:
-            return
-        with contextlib.suppress(OSError):  # a full disk fails again when the buffer is flushed by close
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = f"{error.strerror}; nothing was left under this name, free space or choose another folder"
-            raise OSError(error.errno, reason, str(self._path)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _content(class_names: Sequence[str], shards: Sequence[ShardRecord], table_sha256: str) -> dict[str, Any]:
@@ -244,14 +178,6 @@ def _content(class_names: Sequence[str], shards: Sequence[ShardRecord], table_sh
 
 def _fingerprint(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 _KEYS = ("format", "class_names", "shards", "table_sha256", "fingerprint", "num_samples", "source", "license", "request")
@@ -278,7 +204,7 @@ def _read_table(folder: Path, tree: Mapping[str, Any]) -> np.ndarray:
     path = folder / TABLE_NAME
     if not path.is_file():
         raise ShardError(f"{path}: no such file, but {INDEX_NAME} is there; write the shards again")
-    if _file_sha256(path) != tree["table_sha256"]:
+    if file_sha256(path) != tree["table_sha256"]:
         raise ShardError(f"{path}: its sha256 is not the one in {INDEX_NAME}; it is damaged or of other shards, write the shards again")
     # The plain view drops numpy's slow memmap subclass; the pages stay mapped and shared between processes.
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)

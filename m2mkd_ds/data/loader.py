@@ -22,8 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from m2mkd_ds.config import DataConfig
-from m2mkd_ds.data.index import SampleError, ShardError, ShardIndex
-from m2mkd_ds.data.plan import BatchLayout, SampleOrder, eval_samples, num_eval_batches
+from m2mkd_ds.data.bad_samples import BadSample
+from m2mkd_ds.data.errors import SampleError, ShardError
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.order import make_order
+from m2mkd_ds.data.plan import BatchLayout, eval_samples, num_eval_batches
+from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.transforms import ImageTransform, KeyedRandom, Mixer, eval_transform, soft_targets, train_transform
 
 _UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
@@ -46,6 +50,8 @@ class ImageBatch:
     """Optimizer step; in evaluation, the number of the batch."""
     micro_step: int
     """0 .. accumulation - 1; 0 in evaluation."""
+    bad: tuple[BadSample, ...] = ()
+    """Damaged samples that were replaced in this batch; never in evaluation, where they raise."""
 
 
 def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
@@ -58,7 +64,7 @@ def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
         folder = getattr(data, name)
         if not folder:
             raise ShardError(f"data.{name} is empty; give the folder of the {name} shards (`m2mkd shards write` makes them)")
-        index = ShardIndex.load(folder)
+        index = ShardIndex.load(folder, Access.from_config(data))
         if index.num_classes != data.num_classes:
             raise ShardError(
                 f"data.num_classes is {data.num_classes}, but data.{name} ({folder}) has {index.num_classes} classes; make them equal"
@@ -96,7 +102,7 @@ class _TrainBatches(Dataset[ImageBatch]):
         self._index, self._layout, self._rank, self._seed = index, layout, rank, seed
         self._transform = train_transform(data)
         self._mixer = Mixer(data.augment, data.num_classes, seed)
-        self._order = SampleOrder(seed, index.num_samples)
+        self._order = make_order(data, seed, index.shard_sizes, layout)
 
     def __getitem__(self, number: int) -> ImageBatch:
         step, micro_step = divmod(number, self._layout.accumulation)
@@ -106,11 +112,12 @@ class _TrainBatches(Dataset[ImageBatch]):
         labels = []
         with KeyedRandom() as keyed:
             for place, position in enumerate(slots):
+                slot = self._order.slot(position)
                 try:
-                    image, label = decode(self._index, self._order[position])
+                    image, label = decode(self._index, slot.sample)
                 except SampleError as err:
                     raise SampleError(f"{err} (stream position {position})") from err
-                keyed.seed("sample", self._seed, position)
+                keyed.seed("sample", self._seed, *slot)
                 self._transform.into(image, images_BCHW[place])
                 labels.append(label)
         labels_B = torch.tensor(labels)

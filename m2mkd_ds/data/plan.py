@@ -1,8 +1,8 @@
-"""The data plan: which sample is used at which place of the training, as a pure function.
+"""The data plan: who uses which positions of the stream, as a pure function. What lies at a position is `data/order.py`'s.
 
-Training is one endless stream of positions p = 0, 1, 2, ...; epoch p // N, and within it sample permutation[p % N].
-Optimizer step t owns positions [t*G, (t+1)*G), G the global batch. The tail of one epoch shares a step with the head of
-the next: every sample exactly once an epoch, equal steps on all ranks, no padding, no drop, whatever N and G are.
+Training is one endless stream of positions p = 0, 1, 2, ... Optimizer step t owns positions [t*G, (t+1)*G), G the global
+batch. The tail of one epoch shares a step with the head of the next: every sample exactly once an epoch, equal steps on
+all ranks, no padding, no drop, whatever N and G are.
 
 Within a step, group g = rank * accumulation + micro_step owns [t*G + g*mb, t*G + (g+1)*mb): one rank with accumulation
 2 sees the same groups as two ranks with accumulation 1.
@@ -10,41 +10,9 @@ Within a step, group g = rank * accumulation + micro_step owns [t*G + g*mb, t*G 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-
-
-def permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """int64 [num_samples]: the order of epoch `epoch`. Raises ValueError for negative arguments.
-
-    Sorts raw Philox words: numpy promises those bit streams for ever, and makes no such promise for `shuffle`.
-    """
-    if seed < 0 or epoch < 0 or num_samples < 0:
-        raise ValueError(f"seed {seed}, epoch {epoch} and num_samples {num_samples} must not be negative")
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    words_N = np.random.Philox(key=key).random_raw(num_samples)
-    return np.argsort(words_N, kind="stable").astype(np.int64, copy=False)
-
-
-class SampleOrder:
-    """Stream position -> sample number; remembers the permutations of the two latest epochs (a batch may touch both)."""
-
-    def __init__(self, seed: int, num_samples: int) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}: an endless stream needs at least one sample")
-        self.seed, self.num_samples = seed, num_samples
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.num_samples)
-        order_N = self._epochs.get(epoch)
-        if order_N is None:
-            order_N = permutation(self.seed, epoch, self.num_samples)
-            if len(self._epochs) == 2:
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = order_N
-        return int(order_N[place])
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +22,13 @@ class BatchLayout:
     micro_batch_size: int
     accumulation: int
     world: int
+    origin: int = 0
+    """Position that step 0 begins at. Not 0 only for a run that goes on with another global batch: position - step * global_batch."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("micro_batch_size", "accumulation", "world"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def global_batch(self) -> int:
@@ -75,13 +45,43 @@ class BatchLayout:
 
     def positions(self, step: int, micro_step: int, rank: int) -> range:
         """Stream positions of one micro-batch."""
-        first = step * self.global_batch + self.group(micro_step, rank) * self.micro_batch_size
+        first = self.origin + step * self.global_batch + self.group(micro_step, rank) * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
 
 def positions(step: int, micro_step: int, rank: int, *, micro_batch_size: int, accumulation: int, world: int) -> range:
     """Stream positions of one micro-batch; see the head of this file. Raises ValueError for numbers out of range."""
     return BatchLayout(micro_batch_size=micro_batch_size, accumulation=accumulation, world=world).positions(step, micro_step, rank)
+
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamState:
+    """All that is needed to go on with a stream: kept with the weights, counted from finished optimizer steps."""
+
+    seed: int
+    fingerprint: str
+    """Of the training shards."""
+    order: str
+    """What `order_name` of data/order.py gives: `global`, `block/16`, ..."""
+    position: int
+    """Positions used so far: where the next step begins."""
+    version: int = STATE_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint's record."""
+        return asdict(self)
+
+    def check(self, saved: Mapping[str, Any], where: str) -> None:
+        """Raises ValueError, naming both sides, when `saved` (a record's) belongs to another stream than this one."""
+        for key, ours in self.to_dict().items():
+            if saved.get(key) != ours:
+                raise ValueError(
+                    f"{where}: its data stream has {key} {saved.get(key)}, this run has {ours}; give the run the data and settings that it "
+                    "began with, or delete the checkpoints to start again"
+                )
 
 
 def eval_samples(batch: int, rank: int, *, batch_size: int, world: int, num_samples: int) -> range:

@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset import TarWriter
 
-from m2mkd_ds.data.index import FORMAT, INDEX_NAME, TABLE_NAME, AtomicFile, ShardError, ShardIndex, ShardRecord, table_dtype, write_index
-from m2mkd_ds.data.plan import permutation
+from m2mkd_ds.data.atomic import AtomicFile
+from m2mkd_ds.data.errors import ShardError
+from m2mkd_ds.data.index import FORMAT, INDEX_NAME, TABLE_NAME, ShardIndex, ShardRecord, table_dtype, write_index
+from m2mkd_ds.data.order import permutation
 from m2mkd_ds.logs import progress
 
 logger = logging.getLogger("m2mkd_ds")

@@ -17,9 +17,10 @@ from typing import overload
 import numpy as np
 from PIL import Image
 
+from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.fashion_mnist import CLASS_NAMES, PINNED_SHA256, fashion_mnist_arrays
-from m2mkd_ds.data.index import ShardError, ShardIndex
-from m2mkd_ds.data.plan import permutation
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.order import permutation
 from m2mkd_ds.data.shards import Sample, write_shards
 
 SOURCES = ("digits", "fashion_mnist", "image_folder")

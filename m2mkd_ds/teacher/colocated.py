@@ -55,6 +55,7 @@ class ColocatedFeed:
             teacher_logits=logits,
             targets_BV=images.targets_BV.to(self._device, non_blocking=True),
             slot_ids_B=images.slot_ids_B,
+            bad=images.bad,
         )
 
     def close(self) -> None:

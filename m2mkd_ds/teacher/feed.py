@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from m2mkd_ds.data.bad_samples import BadSample
+
 
 @dataclass(frozen=True)
 class BatchRequest:
@@ -37,6 +39,8 @@ class TeacherBatch:
     """Class probabilities after mixup and label smoothing, fp32."""
     slot_ids_B: Tensor
     """Stream positions, int64: the batch's identity in logs and errors."""
+    bad: tuple[BadSample, ...] = ()
+    """Damaged samples that were replaced in this batch."""
 
 
 class TeacherFeed(Protocol):

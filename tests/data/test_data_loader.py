@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from m2mkd_ds.config import AugmentConfig, DataConfig
-from m2mkd_ds.data.index import SampleError, ShardError, ShardIndex
+from m2mkd_ds.data.errors import SampleError, ShardError
+from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import EvalLoader, ImageBatch, TrainLoader, check_data, decode
-from m2mkd_ds.data.plan import SampleOrder
+from m2mkd_ds.data.order import StreamOrder
 from m2mkd_ds.data.shards import write_shards
 from m2mkd_ds.data.sources import encode_png, make_source
 from m2mkd_ds.data.transforms import KeyedRandom, train_transform
@@ -82,13 +83,13 @@ def test_batches_have_the_promised_shapes_and_order(digits_folder: Path, digits_
 def test_a_sample_is_what_plan_and_transform_say(digits_folder: Path, digits_train: ShardIndex) -> None:
     data = data_config(digits_folder)
     found = by_slot(list(train_loader(digits_train, data)))
-    order, transform = SampleOrder(5, len(digits_train)), train_transform(data)
+    order, transform = StreamOrder(5, digits_train.shard_sizes), train_transform(data)
     for slot, (pixels, label) in found.items():
-        image, expected_label = decode(digits_train, order[slot])
+        image, expected_label = decode(digits_train, order.slot(slot).sample)
         with KeyedRandom() as keyed:
-            keyed.seed("sample", 5, slot)
+            keyed.seed("sample", 5, *order.slot(slot))
             assert torch.equal(pixels, transform(image))
-        assert label == expected_label == digits_train.labels_N[order[slot]]
+        assert label == expected_label == digits_train.labels_N[order.slot(slot).sample]
 
 
 def test_pixels_do_not_depend_on_rank_world_accumulation_or_micro_batch(digits_folder: Path, digits_train: ShardIndex) -> None:
@@ -228,8 +229,8 @@ def damaged_copy(folder: Path, target: Path) -> tuple[ShardIndex, str]:
 def test_a_damaged_image_stops_training_with_shard_key_and_position(tmp_path: Path, num_workers: int) -> None:
     index, key = damaged_copy(tmp_path / "good", tmp_path / "bad")
     data = DataConfig(num_classes=2, image_size=8, num_workers=num_workers, augment=SHIFTED)
-    order = SampleOrder(5, 10)
-    position = next(p for p in range(10) if order[p] == 4)
+    order = StreamOrder(5, [10])
+    position = next(p for p in range(10) if order.slot(p).sample == 4)
     message = rf"shard .*shard-000000.tar, key {key}, sample 4: cannot decode the image .*\(stream position {position}\)"
     with pytest.raises(SampleError, match=message):
         list(train_loader(index, data, mb=2, steps=5))

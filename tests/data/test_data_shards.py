@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from m2mkd_ds.data.index import MAX_OPEN_SHARDS, AtomicFile, SampleError, ShardError, ShardIndex
+from m2mkd_ds.data.atomic import AtomicFile
+from m2mkd_ds.data.errors import SampleError, ShardError
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.shard_files import MAX_OPEN_SHARDS
 from m2mkd_ds.data.shards import Sample, scan_shard, write_shards
 
 Samples = list[tuple[bytes, str, int, str]]
@@ -196,7 +199,7 @@ def test_threads_read_right_while_open_shards_are_evicted(tmp_path: Path) -> Non
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(index._files._open) == MAX_OPEN_SHARDS
+    assert len(index.files._open) == MAX_OPEN_SHARDS
 
 
 @pytest.mark.parametrize(

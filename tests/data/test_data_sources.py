@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m2mkd_ds.data import fashion_mnist as fm
-from m2mkd_ds.data.index import ShardError, ShardIndex
+from m2mkd_ds.data.errors import ShardError
+from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.sources import digits, encode_png, image_folder, make_source, stratified_split
 
 

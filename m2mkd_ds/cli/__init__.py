@@ -1,0 +1,84 @@
+"""The command line: `m2mkd VERB ...`. Each verb is a small function; heavy rooms are imported inside it, so `--help` is quick.
+
+A pre-parser takes what the `deepspeed` launcher and its users add (`--local_rank N`, `--deepspeed`, `--deepspeed_config FILE`),
+tyro parses the rest. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2mkd_ds import __version__
+
+from m2mkd_ds.cli import run, shards, results, bench  # noqa: F401  # isort: skip  (they register their verbs, in this order)
+from m2mkd_ds.cli.app import app, out, shards_app
+from m2mkd_ds.config import ConfigError
+
+
+def take_launcher_flags(argv: Sequence[str]) -> list[str]:
+    """Remove the flags that the launcher and DeepSpeed's users add; what they say goes to the environment."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--local_rank", "--local-rank", type=int)
+    parser.add_argument("--deepspeed", action="store_true")
+    parser.add_argument("--deepspeed_config", "--deepspeed-config", default="")
+    known, rest = parser.parse_known_args(list(argv))
+    if known.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(known.local_rank))
+    if known.deepspeed_config:
+        os.environ["M2MKD_DS_CONFIG"] = str(Path(known.deepspeed_config).resolve())
+    return rest
+
+
+def join_overrides(argv: Sequence[str]) -> list[str]:
+    """`--set a=1 --set b=2` -> `--set a=1 b=2` at the end: the parser alone would keep the last --set and forget the others."""
+    rest: list[str] = []
+    assignments: list[str] = []
+    inside = first = False  # behind --set; the very next word belongs to it even without `=`, to be refused as an override
+    for word in argv:
+        if word == "--set":
+            inside = first = True
+        elif word.startswith("--set="):
+            assignments.append(word.removeprefix("--set="))
+            inside = True
+        elif inside and not word.startswith("-") and (first or "=" in word):
+            assignments.append(word)
+            first = False
+        else:
+            rest.append(word)
+            inside = first = False
+    return [*rest, "--set", *assignments] if assignments else rest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `m2mkd` and `python -m m2mkd_ds`."""
+    arguments = join_overrides(take_launcher_flags(sys.argv[1:] if argv is None else argv))
+    if arguments[:1] == ["--version"]:
+        out(__version__)
+        return
+    try:
+        if arguments[:1] == ["shards"]:
+            shards_app.cli(prog="m2mkd shards", description="Webdataset shards with an index.", args=arguments[1:])
+            return
+        app.cli(
+            prog="m2mkd",
+            description="Module-to-module distillation (m2mKD) of a ViT into a sparse V-MoE.",
+            args=arguments,
+        )
+    except (ConfigError, ValueError, FileNotFoundError) as err:
+        # One clear sentence for what a user can cause; anything else keeps its traceback.
+        if os.environ.get("M2MKD_DEBUG"):
+            raise
+        sys.stderr.write(f"m2mkd: {err}\n")
+        sys.exit(2)
+    except RuntimeError as err:
+        from m2mkd_ds.train.launch import LaunchError
+
+        if not isinstance(err, LaunchError):
+            raise
+        # The failed job has told its own reason above.
+        sys.stderr.write(f"m2mkd: {err}\n")
+        sys.exit(1)

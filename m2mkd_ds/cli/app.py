@@ -1,0 +1,41 @@
+"""What every verb shares: the parser that verbs register with, where results go, the `--set` flag, and joining a job."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from m2mkd_ds.logs import setup_logging
+
+if TYPE_CHECKING:
+    from m2mkd_ds.distributed.world import World
+
+app = SubcommandApp()
+shards_app = SubcommandApp()
+"""The actions of `m2mkd shards`."""
+
+Overrides = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="Override config fields, for example m2mkd.lr=1e-3 student.depths='[2,2]'."),
+]
+
+
+def out(text: str) -> None:
+    """Print a result (logs go to stderr)."""
+    sys.stdout.write(text + "\n")
+
+
+def in_world(work: Callable[[World], str]) -> None:
+    """Join the job (one rank without a launcher), do the work on all ranks, print its text from rank 0."""
+    from m2mkd_ds.distributed.world import init_world, shutdown
+
+    world = init_world()
+    setup_logging(world.rank)
+    text = work(world)
+    if world.is_main:
+        out(text)
+    shutdown()

@@ -1,0 +1,139 @@
+"""The verbs that use what a run has made: eval, export, report, import; and doctor, for what this machine has."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from m2mkd_ds.cli.app import app, in_world, out
+from m2mkd_ds.config import ConfigError, RunConfig, load
+from m2mkd_ds.logs import setup_logging
+
+
+@app.command(name="eval")
+def evaluate(path: tyro.conf.Positional[Path], /, *, validation: Path | None = None, batch_size: int = 256) -> None:
+    """Evaluate on every validation image exactly once: a run (all its models), one weights file of a run, or an exported folder.
+
+    Under the launcher the images are shared out over the ranks: deepspeed --num_gpus 2 --module m2mkd_ds eval RUN.
+
+    Args:
+        path: Run folder (holds config.yaml), a .safetensors file in it, or an exported Hugging Face folder (holds config.json).
+        validation: Shards to use instead of the run's own (the run's results stay as they are); needed for an exported folder.
+        batch_size: Images a forward pass, for an exported folder.
+    """
+    setup_logging()
+    if path.suffix == ".safetensors" and path.is_file():
+        from m2mkd_ds.train.evaluate_weights import evaluate_weights
+
+        in_world(lambda world: evaluate_weights(path, world, validation))
+    elif (path / "config.yaml").is_file():
+        config = replace(load(path / "config.yaml"), run_dir=str(path.resolve()))
+        if validation is None:
+            from m2mkd_ds.train.run_phase import run_phases
+
+            run_phases(config, ["evaluate"])
+            print_results(path)
+        else:
+            _evaluate_elsewhere(replace(config, data=replace(config.data, validation=str(validation.resolve()))))
+    elif (path / "config.json").is_file():
+        from m2mkd_ds.train.evaluate_export import evaluate_export
+
+        if validation is None:
+            raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder with index.json)")
+        in_world(lambda world: evaluate_export(path, validation, batch_size, world))
+    else:
+        raise ConfigError(
+            f"{path}: neither a run folder (config.yaml), nor a .safetensors file of one, nor an exported folder (config.json)"
+        )
+
+
+def _evaluate_elsewhere(config: RunConfig) -> None:
+    """All models of a run on other shards than its own; nothing is written."""
+    from m2mkd_ds.report import format_table
+    from m2mkd_ds.train.context import open_run
+    from m2mkd_ds.train.evaluate_run import score_run
+
+    in_world(lambda world: format_table(score_run(open_run(config, world))[1]))
+
+
+@app.command
+def export(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    out_dir: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Write the final student as a Hugging Face folder that loads with trust_remote_code=True.
+
+    Args:
+        run: Run folder.
+        out_dir: Target folder; RUN/export/model by default.
+        dtype: The dtype of the stored weights.
+    """
+    from m2mkd_ds.train.export_run import export_run
+
+    setup_logging()
+    config = replace(load(run / "config.yaml"), run_dir=str(run.resolve()))
+    out(str(export_run(config, out_dir or run / "export" / "model", dtype=dtype)))
+
+
+@app.command
+def report(run: tyro.conf.Positional[Path], /) -> None:
+    """Build RUN/report (HTML, Markdown, JSON) from what the run has produced so far.
+
+    Args:
+        run: Run folder.
+    """
+    from m2mkd_ds.report import build_report
+
+    setup_logging()
+    html = build_report(run)
+    print_results(run)
+    out(f"report: {html.resolve()}")
+
+
+@app.command(name="import")
+def import_checkpoint(
+    sources: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    *,
+    out_file: Annotated[Path, tyro.conf.arg(name="out")],
+    depths: tuple[int, ...] = (),
+    stage: int | None = None,
+) -> None:
+    """Convert a checkpoint of the m2mKD authors or of Deep Incubation to canonical safetensors. Runs no code of the file.
+
+    Args:
+        sources: Their .pth file (whole model, model_stages list, split modules, one student stage), or one file a module.
+        out_file: The .safetensors file to write.
+        depths: Blocks per stage of the whole model, for example 6 6 6 6, where the file does not tell.
+        stage: Which stage a single-stage file is.
+    """
+    from m2mkd_ds.checkpoint.imports import convert_legacy
+
+    setup_logging()
+    source = sources[0] if len(sources) == 1 else list(sources)
+    out(f"{out_file}: {convert_legacy(source, out_file, depths=depths or None, stage=stage)}")
+
+
+@app.command
+def doctor() -> None:
+    """Say what this machine has: versions, devices, precision, optional parts and why they are absent."""
+    from m2mkd_ds.train.doctor import describe_machine
+
+    out(describe_machine())
+
+
+def print_results(run: Path) -> None:
+    """The closing table, from rank 0 only."""
+    from m2mkd_ds.report import format_table
+
+    results = run / "evaluate" / "results.json"
+    if results.is_file() and os.environ.get("RANK", "0") == "0":
+        out(format_table(json.loads(results.read_text())))

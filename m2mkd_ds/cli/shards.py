@@ -1,0 +1,58 @@
+"""`m2mkd shards write | info`: make webdataset shards, and say what a folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from m2mkd_ds.cli.app import app, out, shards_app
+from m2mkd_ds.logs import setup_logging
+
+
+@app.command
+def shards(action: tyro.conf.Positional[Literal["write", "info"]], /) -> None:
+    """Make and look at webdataset shards: `m2mkd shards write --help`, `m2mkd shards info --help`.
+
+    Args:
+        action: What to do.
+    """
+    # `main` sends these words to `shards_app`; this entry is what `m2mkd --help` lists.
+    shards_app.cli(prog="m2mkd shards", args=[action])
+
+
+@shards_app.command
+def write(
+    *,
+    source: Literal["digits", "fashion_mnist", "image_folder"],
+    out_dir: Annotated[Path, tyro.conf.arg(name="out")],
+    path: Path | None = None,
+    cache: Path | None = None,
+) -> None:
+    """Make webdataset shards with an index: OUT/train and OUT/validation; complete folders are kept.
+
+    Args:
+        source: digits (scikit-learn), fashion_mnist, or image_folder (needs --path).
+        out_dir: Folder to write into.
+        path: For image_folder: the folder of class folders; for fashion_mnist: a local copy of its .gz files.
+        cache: Where downloaded originals are kept (default OUT/download).
+    """
+    from m2mkd_ds.data.sources import make_source
+
+    setup_logging()
+    for index in make_source(source, out_dir, path=path, cache=cache):
+        out(f"{index.folder}: {index.num_samples} images, {index.num_classes} classes, fingerprint {index.fingerprint[:16]}")
+
+
+@shards_app.command
+def info(folder: tyro.conf.Positional[Path], /) -> None:
+    """Say what a folder of shards holds.
+
+    Args:
+        folder: Folder with index.json.
+    """
+    from m2mkd_ds.data.index import ShardIndex
+
+    index = ShardIndex.load(folder)
+    out(f"{index.folder}: {index.num_samples} images, {index.num_classes} classes, fingerprint {index.fingerprint[:16]}")

@@ -1,0 +1,116 @@
+"""DataConfig: where images are, in which order they come, what happens to them. A branch of the tree in config.py, which re-exports it.
+
+What the fields do is in docs/data.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+DATA_LIMITS: dict[str, tuple[float, float]] = {
+    "num_classes": (1, inf), "image_size": (1, inf), "num_workers": (0, inf), "crop_pct": (0.01, 1), "order_window": (1, inf),
+    "cache_gb": (0, inf), "look_ahead": (0, inf), "io_deadline_s": (0, inf), "max_bad_samples": (-1, inf),
+    "augment.hflip": (0, 1), "augment.random_erase": (0, 1), "augment.mix_prob": (0, 1), "augment.mix_switch_prob": (0, 1),
+    "augment.label_smoothing": (0, 1), "augment.mixup": (0, inf), "augment.cutmix": (0, inf), "augment.mix_group": (0, inf),
+    "augment.repeats": (1, inf),
+}  # fmt: skip
+"""Smallest and largest allowed value by field, below `data.`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training-time augmentation; every name means what it means in timm's `create_transform` and `Mixup`."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop. (1, 1) switches the crop off and pads/shifts instead (small images)."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of colour jitter; ignored by timm when `auto_augment` is set."""
+    auto_augment: str = ""
+    """timm policy string, for example `rand-m9-mstd0.5-inc1`; empty for none."""
+    random_erase: float = 0.0
+    """Probability of random erasing (timm mode `pixel`)."""
+    mixup: float = 0.0
+    """Mixup alpha; 0 switches mixup off."""
+    cutmix: float = 0.0
+    """Cutmix alpha; 0 switches cutmix off."""
+    mix_prob: float = 1.0
+    """Probability that a micro-batch is mixed at all."""
+    mix_switch_prob: float = 0.5
+    """Probability of cutmix when both are on."""
+    mix_group: int = 2
+    """Images that share one mixing coefficient and are mixed with one another; must divide the micro-batch. As long as it is a fixed
+    number, pixels do not depend on the micro-batch size. 0: the whole micro-batch, timm's `batch` mode."""
+    label_smoothing: float = 0.0
+    """Label smoothing, folded into the soft targets."""
+    repeats: int = 1
+    """Repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335): uses of an image in one pass of the stream, each augmented anew.
+    The length of a phase does not change: with 3, a third of the images is seen in the time of an epoch."""
+    repeat_mode: Literal["stream", "deit"] = "stream"
+    """With repeats > 1. stream: the uses of an image follow one another in the stream of slots; goes on at any number of ranks.
+    deit: the very indices of timm's RepeatAugSampler, which spreads them over the ranks and depends on their number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the shards are and how an image becomes a tensor."""
+
+    train: str = ""
+    """Folder or URL of the training shards (holds `index.json`, see `m2mkd shards`)."""
+    validation: str = ""
+    """Folder or URL of the validation shards; evaluation uses every image of it exactly once."""
+    source: str = ""
+    """Named source that the pipeline makes the shards from when they are not there: digits | fashion_mnist."""
+    num_classes: int = 1000
+    """Number of classes; checked against the index of the shards before anything runs."""
+    image_size: int = 224
+    """Side of the square input, in pixels."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean that is subtracted from pixels in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation that pixels are divided by."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Resampling filter of training and evaluation."""
+    crop_pct: float = 0.875
+    """Evaluation: the shorter side is resized to image_size / crop_pct, then the centre is cropped."""
+    num_workers: int = 2
+    """Loader worker processes a rank; 0 decodes in the training process. The pixels do not depend on it."""
+    decode: Literal["pil", "fast"] = "pil"
+    """pil: Pillow, timm's pixels bit for bit. fast: libjpeg-turbo at a reduced size where the crop allows, uint8 from the workers,
+    flip, erasing, normalisation and mixing on the training device; docs/data.md states how far the pixels differ."""
+    order: Literal["global", "block"] = "global"
+    """global: an epoch is one permutation of all images. block: shards are permuted, then the images inside windows of
+    `order_window` shards, so that a cache has to hold a few shards only."""
+    order_window: int = 16
+    """Shards a window of order=block."""
+    cache_dir: str = ""
+    """Folder on a local disk for shards that lie elsewhere, shared by the ranks of a host; empty: remote samples are read one by one."""
+    cache_gb: float = 200.0
+    """Most that the cache may hold, in 10^9 bytes; the shard unused for longest goes first."""
+    look_ahead: int = 4
+    """Shards that are fetched into the cache before they are needed."""
+    io_deadline_s: float = 300.0
+    """How long one remote read is tried again, in seconds, before it counts as a bad sample."""
+    allow_pipe: bool = False
+    """Allow shard addresses `pipe:COMMAND`, which run COMMAND in a shell."""
+    max_bad_samples: int = -1
+    """Different training samples that may be damaged (each is counted, listed and replaced by the next of the order) before the run
+    stops. -1: a thousandth of the images, at most 100. In evaluation one damaged image stops the run."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What happens to training images only."""
+
+
+def check_data_config(data: DataConfig) -> None:
+    """Refuse fields that do not fit together. Raises ValueError with one sentence."""
+    augment = data.augment
+    if augment.mix_group % 2:
+        raise ValueError(f"data.augment.mix_group is {augment.mix_group}: images are mixed in pairs, make it even (0: the micro-batch)")
+    mixes = augment.mixup > 0 or augment.cutmix > 0
+    if mixes and augment.repeat_mode == "stream" and augment.repeats > 1 and augment.mix_group % (2 * augment.repeats):
+        raise ValueError(
+            f"data.augment.mix_group is {augment.mix_group} and data.augment.repeats is {augment.repeats}: an image would be mixed with "
+            f"itself; give a multiple of {2 * augment.repeats}, or 0 for the whole micro-batch"
+        )
