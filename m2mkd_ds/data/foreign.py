@@ -26,7 +26,7 @@ from m2mkd_ds.data.interop import INFO_NAMES, ShardsInfo, expected_counts, parse
 from m2mkd_ds.data.scan import BROKEN_OFF, ShardFault
 from m2mkd_ds.data.scan_parts import ScanJob, ScannedShard, scan_or_recall
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.data.shard_list import OpenShard, ShardList, is_url, list_shards, open_shard_stream, opened
+from m2mkd_ds.data.shard_list import OpenShard, ShardList, is_url, list_shards, open_shard_stream, opened, refuse_secrets
 from m2mkd_ds.data.shard_pool import map_shards
 
 logger = logging.getLogger("m2mkd_ds")
@@ -114,6 +114,8 @@ def _choose(request: IndexRequest, access: Access, open_shard: OpenShard) -> tup
         shards = list_shards(request.shards)
         return shards, _read_info(shards.base, access, open_shard), request.label_field
     base = only if is_url(only) else f"{Path(only).resolve()}/"
+    if is_url(only):
+        refuse_secrets(only)
     info = _read_info(base, access, open_shard)
     if info is None or not info.splits:
         if request.split or is_url(only):

@@ -185,6 +185,9 @@ class _Found:
             key = _shown(sample.key)  # a fault of its own would only repeat this one
             self._open = None
         self.finish()
+        cut = split_name(err.member)[0]
+        if not key and cut not in self._seen:
+            key = _shown(cut)
         after = self.rows[-1].key if self.rows else ""
         where = f"from sample {key} on" if key else f"behind sample {after}" if after else "all"
         message = f"{_SHARD_FAULTS[err.kind]} ({err}); samples are lost: {where}; copy or write it again"

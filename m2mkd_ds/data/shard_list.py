@@ -112,15 +112,24 @@ def _expand(pattern: str) -> list[str]:
     # Here, because webdataset imports torch, and the processes that walk shards need neither.
     from webdataset.shardlists import expand_urls
 
+    if is_url(pattern):
+        refuse_secrets(pattern)
     try:
         expanded: list[str] = expand_urls(pattern)
     except ValueError as err:
         raise ShardError(f"{pattern}: braces cannot be expanded ({err}); write {{0000..1023}} or {{a,b}}") from err
-    names_all = all(url.partition("?")[0].endswith(".tar") for url in expanded)
-    if is_url(pattern) and ("*" in pattern or not names_all):
+    if not is_url(pattern):
+        return expanded
+    if "*" in pattern or not all(url.endswith(".tar") for url in expanded):
         advice = "name every shard, for example 'https://host/x-{0000..1023}.tar'"
         raise ShardError(f"{pattern}: a server cannot be asked for the names of its files; {advice}")
     return expanded
+
+
+def refuse_secrets(url: str) -> None:
+    """Raises ShardError, without repeating the address, for one that may hold a token: it would be written into the index."""
+    if "?" in url or "@" in url.partition("://")[2].partition("/")[0]:
+        raise ShardError("a shard's URL has a query or a password in it, which would be written into the index; give plain addresses")
 
 
 @contextmanager
@@ -155,11 +164,11 @@ def _open_http(url: str, access: Access) -> ShardStream:
     try:
         response = pool.request("GET", url, preload_content=False, timeout=timeout)
     except urllib3.exceptions.HTTPError as err:
-        raise OSError(f"{_without_query(url)}: {type(err).__name__} while connecting") from None
+        raise OSError(f"{url}: {type(err).__name__} while connecting") from None
     if response.status != 200:
         response.release_conn()
         kind = FileNotFoundError if response.status == 404 else OSError
-        raise kind(f"{_without_query(url)}: the server answers {response.status}")
+        raise kind(f"{url}: the server answers {response.status}")
     headers = response.headers
     stamp = " ".join(headers.get(name, "") for name in ("Content-Length", "ETag", "Last-Modified"))
     # Without a date or a tag, a file of the same length could be another one.
@@ -180,9 +189,4 @@ class _HttpFile:
         try:
             return self._response.read(size, decode_content=False)
         except urllib3.exceptions.HTTPError as err:
-            raise OSError(f"{_without_query(self._url)}: {type(err).__name__} while reading") from None
-
-
-def _without_query(url: str) -> str:
-    """For messages: the query may hold a token."""
-    return url.partition("?")[0]
+            raise OSError(f"{self._url}: {type(err).__name__} while reading") from None

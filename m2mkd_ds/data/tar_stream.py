@@ -31,9 +31,11 @@ class ForwardFile(Protocol):
 class TarWalkError(ValueError):
     """The walk cannot go on: whatever follows in this tar is lost."""
 
-    def __init__(self, kind: TarFaultKind, message: str) -> None:
+    def __init__(self, kind: TarFaultKind, message: str, member: str = "") -> None:
         super().__init__(message)
         self.kind: TarFaultKind = kind
+        self.member = member
+        """Name of the member that it happened in; empty between members."""
 
 
 class Member(NamedTuple):
@@ -153,7 +155,7 @@ def _member(reader: SummedReader, header: tarfile.TarInfo, name: str, size: int,
             kept.append(part)
     padding = -size % BLOCK
     if reader.position - offset < size or len(reader.read(padding)) < padding:
-        raise TarWalkError("truncated", f"it ends at byte {reader.position}, inside of member {name}")
+        raise TarWalkError("truncated", f"it ends at byte {reader.position}, inside of member {name}", name)
     refused = "" if header.isreg() else f"a {_TYPES.get(header.type, f'member of type {header.type!r}')}, not a plain file"
     if any("\udc80" <= letter <= "\udcff" for letter in name):
         refused = "a file whose name is not UTF-8"
