@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -48,7 +49,7 @@ def _in_this_process(work: Callable[[J], R], jobs: Sequence[J]) -> Iterator[tupl
 
 def _in_processes(work: Callable[[J], R], jobs: Sequence[J], count: int) -> Iterator[tuple[int, R]]:
     # Spawned: a forked child of a process that uses threads may hang.
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
         numbers = {pool.submit(work, job): number for number, job in enumerate(jobs)}
         for done in as_completed(numbers):
@@ -57,3 +58,15 @@ def _in_processes(work: Callable[[J], R], jobs: Sequence[J], count: int) -> Iter
         raise ShardError("a worker process was killed (out of memory?); use fewer --workers") from err
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Workers wait for jobs on a pipe that they hold open themselves: without this they would outlive a killed parent for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -246,7 +246,9 @@ class Dripping:
 def test_a_stream_is_read_forward_in_bounded_pieces(tmp_path: Path) -> None:
     data = tar_bytes(tmp_path, [*image_members(range(3)), ("big.jpg", bytes(5_000_000)), ("big.cls", b"1")])
     stream = Dripping(data)
-    assert scan_stream(stream, "s.tar") == scan_stream(io.BytesIO(data), "s.tar")
+    found = scan_stream(stream, "s.tar")
+    assert found == scan_stream(io.BytesIO(data), "s.tar")
+    assert found[1][3].crc32 == zlib.crc32(bytes(5_000_000))
     assert stream.largest <= 1 << 20
     reader = SummedReader(Dripping(data))
     assert [len(part) for part in reader.chunks(3 << 20)] == [1 << 20] * 3
