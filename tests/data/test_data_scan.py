@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.scan import ShardFault, ShardRow, ShardScan, make_table, scan_samples, scan_shard, scan_stream, split_name
@@ -264,3 +266,54 @@ def test_visit_gets_every_sound_sample_with_its_bytes(tmp_path: Path) -> None:
 
 def test_faults_print_with_their_shard() -> None:
     assert str(ShardFault("io", "s.tar", "k", "what")) == "s.tar: what"
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["jpg", "cls", "json", "png"])), max_size=9))
+def test_in_any_order_of_members_every_group_is_a_row_or_a_fault(names: list[tuple[str, str]]) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for key, end in names:
+            tar.addfile(tarfile.TarInfo(f"{key}.{end}"))
+    # Empty members have no label, so every group has a fault, and none is passed over.
+    found = scan(file.getvalue())
+    # Groups by a plain loop: a new one whenever the key changes.
+    groups: list[tuple[str, list[str]]] = []
+    for key, end in names:
+        if not groups or groups[-1][0] != key:
+            groups.append((key, []))
+        groups[-1][1].append(end)
+    assert found.rows == [] and [fault.key for fault in found.faults] == [key for key, _ in groups]
+    kept = [set(ends) for number, (key, ends) in enumerate(groups) if len(set(ends)) == len(ends) and key not in dict(groups[:number])]
+    singles = [fault for fault in found.faults if fault.kind != "duplicate_key"]
+    assert len(singles) == len(kept)
+    for fault, ends in zip(singles, kept, strict=True):
+        assert (fault.kind == "no_image") == (len(ends & {"jpg", "png"}) != 1)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_no_damage_makes_the_walk_raise_or_change_other_samples(data: st.DataObject) -> None:
+    """A byte of a header is changed and, half of the time, its checksum made right again."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("a.jpg", "a.cls", f"{'n' * 150}.jpg", f"{'n' * 150}.cls", "c.jpg", "c.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+    whole = scan(file.getvalue())
+    assert len(whole.rows) == 3
+    broken = bytearray(file.getvalue())
+    # Blocks: header and content of a.jpg and a.cls; then the long name's header, its content, the member's header, its content, ...
+    start = data.draw(st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 14])) * 512
+    broken[start + data.draw(st.integers(0, 511))] ^= data.draw(st.integers(1, 255))
+    if data.draw(st.booleans()):
+        block = broken[start : start + 512]
+        block[148:156] = b" " * 8
+        broken[start + 148 : start + 156] = b"%06o\0 " % sum(block)
+    found = scan(bytes(broken))
+    assert found.record.bytes == len(broken) and found.record.sha256 == hashlib.sha256(broken).hexdigest()
+    if start >= 4 * 512:
+        assert found.rows[:1] == whole.rows[:1]
+    if found.record.sha256 != whole.record.sha256 and start >= 8 * 512:
+        assert len(found.rows) >= 1
