@@ -1,4 +1,4 @@
-"""`m2mkd shards write | info`: make webdataset shards, and say what a folder holds."""
+"""`m2mkd shards`, and its action `write`: make webdataset shards. The other actions are in shards_check.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from m2mkd_ds.logs import setup_logging
 
 
 @app.command
-def shards(action: tyro.conf.Positional[Literal["write", "info"]], /) -> None:
-    """Make and look at webdataset shards: `m2mkd shards write --help`, `m2mkd shards info --help`.
+def shards(action: tyro.conf.Positional[Literal["write", "index", "verify", "info"]], /) -> None:
+    """Make, index, check and look at webdataset shards; each action has its own --help.
 
     Args:
         action: What to do.
@@ -43,16 +43,3 @@ def write(
     setup_logging()
     for index in make_source(source, out_dir, path=path, cache=cache):
         out(f"{index.folder}: {index.num_samples} images, {index.num_classes} classes, fingerprint {index.fingerprint[:16]}")
-
-
-@shards_app.command
-def info(folder: tyro.conf.Positional[Path], /) -> None:
-    """Say what a folder of shards holds.
-
-    Args:
-        folder: Folder with index.json.
-    """
-    from m2mkd_ds.data.index import ShardIndex
-
-    index = ShardIndex.load(folder)
-    out(f"{index.folder}: {index.num_samples} images, {index.num_classes} classes, fingerprint {index.fingerprint[:16]}")

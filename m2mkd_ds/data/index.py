@@ -42,7 +42,7 @@ class ShardRecord:
 
 
 def table_dtype(key_width: int) -> np.dtype[Any]:
-    """Row type of index.npy; `key_width` is the longest key in bytes (keys are ASCII)."""
+    """Row type of index.npy; `key_width` is the longest key in bytes (UTF-8; our own keys are ASCII)."""
     return np.dtype(
         [
             ("shard", "<u4"),
@@ -96,6 +96,8 @@ class ShardIndex:
         self.access = access
         self.base: str = tree.get("base", "")
         """Address that shard names are appended to; empty: `folder`."""
+        self.shard_folder = folder / self.base
+        """Where local shards are; a relative base counts from `folder`."""
         self.shards = tuple(ShardRecord(**record) for record in tree["shards"])
         self.class_names: tuple[str, ...] = tuple(tree["class_names"])
         self.num_classes = len(self.class_names)
@@ -108,7 +110,7 @@ class ShardIndex:
         """int64 class number of every sample, in index order."""
         self.table = table
         """One row a sample (`table_dtype`), sorted by shard and offset."""
-        self.files: ShardFiles = LocalFiles([folder / shard.name for shard in self.shards])
+        self.files: ShardFiles = LocalFiles([self.shard_folder / shard.name for shard in self.shards])
 
     @classmethod
     def load(cls, folder: str | Path, access: Access | None = None) -> ShardIndex:
@@ -116,12 +118,18 @@ class ShardIndex:
 
         Raises ShardError when the folder is incomplete, a shard is missing or truncated, or the parts disagree.
         """
+        index = cls.load_unchecked(folder, access)
+        _check_shard_files(index)
+        return index
+
+    @classmethod
+    def load_unchecked(cls, folder: str | Path, access: Access | None = None) -> ShardIndex:
+        """Read and check the index alone, without a look at the shards. Raises ShardError when its parts disagree."""
         path = Path(folder)
         tree = _read_json(path)
         table = _read_table(path, tree)
         index = cls(path, tree, table, access or Access())
         _check_counts(index, tree)
-        _check_shard_files(index)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,7 +163,7 @@ class ShardIndex:
     def describe(self, sample: int) -> str:
         """Where sample number `sample` is, for messages."""
         row = self.table[sample]
-        return f"shard {self.folder / self.shards[int(row['shard'])].name}, key {row['key'].decode()}, sample {sample}"
+        return f"shard {self.shard_folder / self.shards[int(row['shard'])].name}, key {row['key'].decode()}, sample {sample}"
 
 
 def _reload(folder: str, access: Access, fingerprint: str) -> ShardIndex:
@@ -225,8 +233,10 @@ def _check_counts(index: ShardIndex, tree: Mapping[str, Any]) -> None:
 
 
 def _check_shard_files(index: ShardIndex) -> None:
+    if "://" in index.base or index.base.startswith("pipe:"):
+        raise ShardError(f"{index.folder}: its shards lie at {index.base}; copy them to a local folder and index them there")
     for shard in index.shards:
-        path = index.folder / shard.name
+        path = index.shard_folder / shard.name
         if not path.is_file():
             raise ShardError(f"{path}: shard is missing ({len(index.shards)} are indexed); copy it here or write the shards again")
         size = path.stat().st_size

@@ -1,0 +1,192 @@
+"""Which shards are meant, and opening one from its start: folders, globs, brace patterns, local paths and URLs.
+
+data/train                         every *.tar of a folder
+data/train-*.tar                   a glob
+data/train-{0000..1023}.tar        braces, as webdataset expands them; also in URLs
+https://host/data/x-{00..63}.tar   remote
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m2mkd_ds.data.errors import ShardError
+from m2mkd_ds.data.shard_files import Access
+from m2mkd_ds.data.tar_stream import ForwardFile
+
+if TYPE_CHECKING:
+    import urllib3
+
+OpenShard = Callable[[str, Access], "ShardStream"]
+"""`open_shard_stream`, or another function of its kind."""
+
+
+@dataclass(frozen=True)
+class ShardList:
+    """Shards under one address: `base` + name is where a shard lies."""
+
+    base: str
+    """Folder (absolute, with / at its end) or URL."""
+    names: tuple[str, ...]
+    """Sorted."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether base is a folder of this file system."""
+        return not is_url(self.base)
+
+    def address(self, name: str) -> str:
+        """Path or URL of a shard."""
+        return self.base + name
+
+
+class ShardStream:
+    """A shard opened at its start. `stamp` changes when the file does; empty: that cannot be known."""
+
+    def __init__(self, file: ForwardFile, stamp: str, close: Callable[[], None], num_bytes: int = 0) -> None:
+        self._file, self.stamp, self.close, self.num_bytes = file, stamp, close, num_bytes
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none at the end. Raises OSError."""
+        return self._file.read(size)
+
+
+def is_url(address: str) -> bool:
+    """`https://...` or `pipe:...`; a plain path is none, and neither is file:."""
+    return "://" in address or address.startswith("pipe:")
+
+
+def list_shards(patterns: Sequence[str]) -> ShardList:
+    """The shards that folders, globs, brace patterns, paths and URLs name; each once, in an order of their names alone.
+
+    Raises ShardError for a pattern without shards, a missing file, and shards that have no common address.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        plain = pattern.removeprefix("file://").removeprefix("file:")
+        found.update(_expand(plain) if is_url(plain) else (os.path.abspath(path) for path in _local(plain)))
+    if not found:
+        raise ShardError("no shards were named; give a folder, a glob or a pattern such as 'data/train-{0000..1023}.tar'")
+    folders = {address.rpartition("/")[0] for address in found}
+    if len({is_url(folder) for folder in folders}) > 1:
+        raise ShardError("some shards are local and some remote; an index has one base address, index them apart")
+    base = _common_folder(folders)
+    return ShardList(base, tuple(sorted(address.removeprefix(base) for address in found)))
+
+
+def _common_folder(folders: set[str]) -> str:
+    """The longest address, cut at a /, that all begin with; with its / at the end."""
+    parts = [folder.split("/") for folder in sorted(folders)]
+    count = len(os.path.commonprefix(parts))
+    base = "/".join(parts[0][:count]) + "/"
+    if is_url(parts[0][0] + "//") and count < 3:
+        raise ShardError(f"the shards lie under {len(folders)} addresses with nothing in common; an index has one base, index them apart")
+    return base
+
+
+def _local(pattern: str) -> list[str]:
+    path = Path(pattern)
+    if path.is_dir():
+        found = sorted(map(str, path.glob("*.tar")))
+        if not found:
+            raise ShardError(f"{pattern}: the folder holds no *.tar; name the folder of the shards, or a pattern")
+        return found
+    if path.is_file():
+        return [pattern]
+    expanded = _expand(pattern)
+    paths = [match for word in expanded for match in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])]
+    missing = [word for word in paths if not Path(word).is_file()]
+    if missing or not paths:
+        what = f"{len(missing)} of {len(paths)} shards are not there, the first is {missing[0]}" if missing else "matches no file"
+        raise ShardError(f"{pattern}: {what}; correct the pattern or copy the shards")
+    return paths
+
+
+def _expand(pattern: str) -> list[str]:
+    # Here, because webdataset imports torch, and the processes that walk shards need neither.
+    from webdataset.shardlists import expand_urls
+
+    if is_url(pattern):
+        refuse_secrets(pattern)
+    try:
+        expanded: list[str] = expand_urls(pattern)
+    except ValueError as err:
+        raise ShardError(f"{pattern}: braces cannot be expanded ({err}); write {{0000..1023}} or {{a,b}}") from err
+    if not is_url(pattern):
+        return expanded
+    if "*" in pattern or not all(url.endswith(".tar") for url in expanded):
+        advice = "name every shard, for example 'https://host/x-{0000..1023}.tar'"
+        raise ShardError(f"{pattern}: a server cannot be asked for the names of its files; {advice}")
+    return expanded
+
+
+def refuse_secrets(url: str) -> None:
+    """Raises ShardError, without repeating the address, for one that may hold a token: it would be written into the index."""
+    if "?" in url or "@" in url.partition("://")[2].partition("/")[0]:
+        raise ShardError("a shard's URL has a query or a password in it, which would be written into the index; give plain addresses")
+
+
+@contextmanager
+def opened(address: str, access: Access, open_shard: OpenShard) -> Iterator[ShardStream]:
+    """The stream of a shard, closed at the end."""
+    stream = open_shard(address, access)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+def open_shard_stream(address: str, access: Access) -> ShardStream:
+    """Open a shard at its start, for forward reads: a local path, http:// or https://.
+
+    Raises OSError (FileNotFoundError when it is not there), ShardError for addresses of another kind.
+    """
+    if not is_url(address):
+        file = open(address, "rb", buffering=0)
+        status = os.fstat(file.fileno())
+        return ShardStream(file, f"{status.st_size} {status.st_mtime_ns}", file.close, status.st_size)
+    if address.startswith(("http://", "https://")):
+        return _open_http(address, access)
+    raise ShardError(f"{address}: shards are indexed from local folders, http:// and https://; download them first")
+
+
+def _open_http(url: str, access: Access) -> ShardStream:
+    import urllib3
+
+    pool = urllib3.PoolManager(num_pools=1)
+    timeout = urllib3.Timeout(connect=min(30.0, access.deadline_s), read=min(60.0, access.deadline_s))
+    try:
+        response = pool.request("GET", url, preload_content=False, timeout=timeout)
+    except urllib3.exceptions.HTTPError as err:
+        raise OSError(f"{url}: {type(err).__name__} while connecting") from None
+    if response.status != 200:
+        response.release_conn()
+        kind = FileNotFoundError if response.status == 404 else OSError
+        raise kind(f"{url}: the server answers {response.status}")
+    headers = response.headers
+    stamp = " ".join(headers.get(name, "") for name in ("Content-Length", "ETag", "Last-Modified"))
+    # Without a date or a tag, a file of the same length could be another one.
+    known = "ETag" in headers or "Last-Modified" in headers
+    length = headers.get("Content-Length", "0")
+    return ShardStream(_HttpFile(response, url), stamp if known else "", pool.clear, int(length) if length.isdigit() else 0)
+
+
+class _HttpFile:
+    """Errors of the connection as OSError. A body that ends early is one (urllib3 counts it against Content-Length)."""
+
+    def __init__(self, response: urllib3.response.BaseHTTPResponse, url: str) -> None:
+        self._response, self._url = response, url
+
+    def read(self, size: int, /) -> bytes:
+        import urllib3
+
+        try:
+            return self._response.read(size, decode_content=False)
+        except urllib3.exceptions.HTTPError as err:
+            raise OSError(f"{self._url}: {type(err).__name__} while reading") from None

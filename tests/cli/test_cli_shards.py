@@ -1,0 +1,101 @@
+"""`m2mkd shards index | verify | info`: results on stdout, logs on stderr, exit code 1 for damaged data and 2 for wrong usage."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from m2mkd_ds.cli import main
+from tests.data.tar_files import image_members, make_tar
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """`m2mkd shards WORDS` in this process, in a folder with data/x-0.tar (3 samples) and data/x-1.tar (4 samples)."""
+    logger = logging.getLogger("m2mkd_ds")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    make_tar(tmp_path / "data" / "x-0.tar", image_members(range(3)))
+    make_tar(tmp_path / "data" / "x-1.tar", image_members(range(3, 7)))
+
+    def call(*words: str) -> Ended:
+        code = 0
+        try:
+            main(["shards", *words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    yield call
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+def test_index_then_verify_then_info(run: Run) -> None:
+    Path("names.txt").write_text("cat\ndog\neel\n")
+    ended = run("index", "data/x-{0..1}.tar", "--class-names", "names.txt", "--source", "pets", "--license", "MIT", "--workers", "1")
+    assert ended.code == 0 and "/data: 7 images, 3 classes, fingerprint " in ended.out, ended
+    assert "7 samples of 3 classes in 2 shards, 0 left out" in ended.err
+    again = run("index", "data", "--class-names", "names.txt")
+    assert again.out == ended.out and "up to date" in again.err
+    ended = run("verify", "data", "--workers", "1")
+    assert ended.code == 0
+    assert [line.split() for line in ended.out.splitlines()][:3] == [["all", "bad"], ["shards", "2", "0"], ["samples", "7", "0"]]
+    ended = run("info", "data", "--classes", "--sheet", "sheet.png")
+    assert ended.code == 0 and "source       pets; licence MIT" in ended.out and "dog  2" in ended.out
+    assert Image.open("sheet.png").size == (1004, 118)
+    tree = json.loads(run("info", "data", "--json").out)
+    assert (tree["num_samples"], tree["samples_by_class"]) == (7, {"cat": 3, "dog": 2, "eel": 2})
+
+
+def test_verify_lists_bad_shards_ends_with_1_and_writes_the_report(run: Run) -> None:
+    assert run("index", "data", "--workers", "1").code == 0
+    path = Path("data/x-1.tar")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\xff\xd8\xff") + 400] ^= 255
+    path.write_bytes(data)
+    ended = run("verify", "data", "--report", "bad.jsonl", "--no-decode", "--workers", "1")
+    assert ended.code == 1
+    assert ended.out.startswith("x-1.tar: 2 checksum: sample n003 (number 3): its image has other bytes than were indexed")
+    assert [line.split() for line in ended.out.splitlines()][1:4] == [["all", "bad"], ["shards", "2", "1"], ["samples", "7", "1"]]
+    listed = [json.loads(line) for line in Path("bad.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["shard"], line["key"], line.get("sample")) for line in listed] == [
+        ("checksum", "x-1.tar", "", None),
+        ("checksum", "x-1.tar", "n003", 3),
+    ]
+
+
+def test_damage_and_wrong_usage_are_told_with_exit_code_2(run: Run) -> None:
+    make_tar(Path("data/x-1.tar"), [*image_members(range(3, 7)), ("lost.jpg", b"x")])
+    ended = run("index", "data", "--workers", "1")
+    assert ended.code == 2 and "1 damaged samples (1 bad_label)" in ended.err and "x-1.tar: sample lost has members" in ended.err
+    assert "Traceback" not in ended.err
+    ended = run("index", "data", "--allow-bad", "1", "--workers", "1")
+    assert ended.code == 0 and json.loads(Path("data/bad.jsonl").read_text())["key"] == "lost"
+    for words, message in (
+        (["index"], "no shards were named"),
+        (["index", "none"], "none: 1 of 1 shards are not there"),
+        (["index", "data", "--out", "o", "--class-names", "empty.json"], "a class name is empty"),
+        (["index", "data", "--out", "o", "--class-names", "wrong.json"], "wrong.json: not JSON"),
+        (["verify", "none"], "none/index.json: no such file"),
+        (["info", "data", "--sheet", "sheet.jpg"], "end it in .png"),
+    ):
+        Path("empty.json").write_text('["a", "", "c"]')
+        Path("wrong.json").write_text("cat")
+        ended = run(*words)
+        assert ended.code == 2 and message in ended.err, ended
