@@ -9,6 +9,7 @@ evaluation mode and sees every image once, plain: features do not depend on the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 PEAK_LR = {"linear": 2e-3, "finetune": 5e-4}
@@ -45,7 +46,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"steps is {self.steps} and warmup_steps is {self.warmup_steps}: give at least one step and a shorter warm-up")
-        if self.peak < self.min_lr or self.min_lr < 0 or self.warmup_lr < 0:
+        if not 0 <= self.min_lr <= self.peak < inf or not 0 <= self.warmup_lr < inf:
             raise ValueError(
                 f"lr is {self.peak}, min_lr {self.min_lr}, warmup_lr {self.warmup_lr}: none may be negative, and lr not below min_lr"
             )
