@@ -1,4 +1,4 @@
-"""`m2mkd few-shot` as a job: on one and two ranks, stopped and gone on, on a run and on its export. Weights are random: only sameness counts."""
+"""`m2mkd few-shot` as a job: on one and two ranks, stopped and gone on, on a run and its export. Random weights: only sameness counts."""
 
 from __future__ import annotations
 
