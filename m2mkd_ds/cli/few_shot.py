@@ -78,7 +78,7 @@ def few_shot(
     if is_run and not support:
         data = load(path / "config.yaml").data
         support, query = data.train, data.validation
-    home = out_dir or (path / "few_shot" if is_run else path.with_name(f"{path.resolve().name}_few_shot"))
+    home = out_dir or (path / "few_shot" if is_run else path.resolve().with_name(f"{path.resolve().name}_few_shot"))
     folder = home / (name or f"{fit.protocol}_{ways}way_{shots}shot")
 
     def work(world: World) -> str:
