@@ -73,6 +73,7 @@ def as_json(facts: RunFacts) -> dict[str, Any]:
         "name": facts.name,
         "finding": difference_line(facts.results),
         "results": facts.results,
+        "few_shot": facts.few_shot,
         "nodes": [dataclasses.asdict(node) for node in facts.nodes],
         "last_metrics": last,
         "versions": facts.versions,

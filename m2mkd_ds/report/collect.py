@@ -72,6 +72,8 @@ class RunFacts:
     config_text: str = ""
     results: dict[str, Any] = field(default_factory=dict)
     """evaluate/results.json; empty when there is none."""
+    few_shot: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """few_shot/NAME/result.json by name; a run need not have any."""
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     """Curves by phase, phases and pairs in running order; a phase without metrics is absent."""
     nodes: list[NodeFacts] = field(default_factory=list)
@@ -94,6 +96,10 @@ def collect(run_dir: Path) -> RunFacts:
     _read_config(facts)
     results = _read(facts, "evaluate/results.json", "table of accuracies", _json_object)
     facts.results = results or {}
+    for file in sorted(run_dir.glob("few_shot/*/result.json")):
+        found = _read(facts, file.relative_to(run_dir).as_posix(), f"few-shot results {file.parent.name}", _json_object)
+        if found:
+            facts.few_shot[file.parent.name] = found
     _read_curves(facts)
     _read_nodes(facts)
     if (run_dir / "export" / "model" / "config.json").is_file():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 
-from m2mkd_ds.report import summary, table
+from m2mkd_ds.report import few_shot, summary, table
 from m2mkd_ds.report.collect import RunFacts
 from m2mkd_ds.report.summary import ROUTER_TEXT
 
@@ -20,6 +20,7 @@ def render_html(facts: RunFacts, figures: Mapping[str, str]) -> str:
         _cards(facts),
         _missing(facts),
         _accuracy(facts, figures),
+        _few_shot(facts),
         _section("Student against baseline", "Both have seen as many training steps.", _image(figures, "race", "accuracy over steps")),
         _phases(facts, figures),
         _section("Expert load", summary.caption_of_load(), _image(figures, "load", "expert load by block")),
@@ -71,6 +72,16 @@ def _accuracy(facts: RunFacts, figures: Mapping[str, str]) -> str:
         f"Every validation image counted once. {table.LEGEND}",
         body + _image(figures, "accuracy", "top-1 accuracy of every model"),
     )
+
+
+def _few_shot(facts: RunFacts) -> str:
+    body = "".join(
+        f"<h3>{escape(name)}</h3>"
+        + "".join(f"<p>{escape(line)}</p>" for line in few_shot.sentences(result))
+        + _table(few_shot.COLUMNS, few_shot.rows(result), {})
+        for name, result in facts.few_shot.items()
+    )
+    return _section("Few-shot learning", "", body)
 
 
 def _phases(facts: RunFacts, figures: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from m2mkd_ds.report import summary, table
+from m2mkd_ds.report import few_shot, summary, table
 from m2mkd_ds.report.collect import RunFacts
 
 
@@ -16,6 +16,9 @@ def render_markdown(facts: RunFacts, figures: Mapping[str, str]) -> str:
     cells = table.rows(facts.results)
     if cells:
         blocks += ["## Accuracy", _table(table.COLUMNS, cells), table.LEGEND, *_image(figures, "accuracy", "top-1 accuracy of every model")]
+    for name, result in facts.few_shot.items():
+        blocks += [f"## Few-shot learning: {plain(name)}", plain(" ".join(few_shot.sentences(result)))]
+        blocks.append(_table(few_shot.COLUMNS, few_shot.rows(result)))
     blocks += _titled("Student against baseline", _image(figures, "race", "accuracy over steps"))
     if facts.curves:
         blocks.append("## Training")

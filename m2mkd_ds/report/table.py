@@ -117,7 +117,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     cells = rows(results)
     if not cells:
         return "No model was evaluated: evaluate/results.json holds no models."
-    lines = _aligned([COLUMNS, *cells])
+    lines = aligned([COLUMNS, *cells])
     rule = "-" * len(lines[0])
     images = results.get("num_images")
     caption = (
@@ -126,7 +126,7 @@ def format_table(results: Mapping[str, Any]) -> str:
     return "\n".join([lines[0], rule, *lines[1:], rule, f"{caption} {LEGEND}", difference_line(results)])
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """First column left, the rest right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return [

@@ -22,7 +22,7 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.recipes import RECIPES, get_recipe
 from tests.checkpoint.legacy_models import DEPTHS, LegacyModel, saved, student
 
-VERBS = ("recipes", "shards", "train", "pipeline", "eval", "export", "report", "import", "bench", "doctor")
+VERBS = ("recipes", "shards", "train", "pipeline", "eval", "export", "report", "import", "few-shot", "bench", "doctor")
 
 
 class Ended(NamedTuple):
