@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def write_shards(
     with _only_writer(folder):
         _begin(folder, request)
         tasks = _plan(samples, folder, request, reencoder)
-        done = _write_tasks(tasks, total, min(workers, -(-total // samples_per_shard) or 1), f"shards {source} -> {folder.name}")
+        done = _write_tasks(tasks, total, max(1, min(workers, _num_shards(request))), f"shards {source} -> {folder.name}")
         _check_keys(folder, done)
         records, table = [part.record for part in done], _table(done)
         write_index(folder, records, table, class_names=class_names, source=source, license=license, request=request)
@@ -129,13 +130,22 @@ def _begin(folder: Path, request: dict[str, Any]) -> None:
     text = json.dumps(request, indent=1, sort_keys=True)
     # Without a name of the content nobody can say that it is the same.
     resumes = bool(request["content"]) and marker.exists() and marker.read_text() == text
+    kept = {_shard_name(number) for number in range(_num_shards(request))} if resumes else set()
     for path in [*ours, *folder.glob(f"{WRITING_NAME}.*.tmp")]:
-        if not (resumes and path.name.startswith("shard-") and path.suffix == ".tar"):
+        if path.name not in kept:
             path.unlink()
     with AtomicFile(marker) as file:
         file.write(text.encode())
     if resumes:
         logger.info("%s: going on with a write that was stopped; %d shards are there", folder, len(list(folder.glob("shard-*.tar"))))
+
+
+def _num_shards(request: dict[str, Any]) -> int:
+    return math.ceil(request["total"] / request["samples_per_shard"])
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
 
 
 def _finish(folder: Path) -> None:
@@ -153,7 +163,7 @@ def _plan(
     size = request["samples_per_shard"]
     for number, start in enumerate(range(0, len(order), size)):
         part = source.subset(order[start : start + size])
-        yield ShardTask(number, folder / f"shard-{number:06d}.tar", part, request["class_names"], reencoder)
+        yield ShardTask(number, folder / _shard_name(number), part, request["class_names"], reencoder)
 
 
 def _write_tasks(tasks: Iterator[ShardTask], total: int, workers: int, what: str) -> list[ShardDone]:
