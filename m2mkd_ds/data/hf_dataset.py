@@ -38,8 +38,6 @@ class HfImages:
     def __getitem__(self, number: int) -> Sample:
         row = self._dataset[int(self._rows[number])]
         image, extension = _encoded(row[self._image], self.name_of(number))
-        if row[self._label] is None:
-            raise ShardError(f"{self.name_of(number)}: has no label; choose another split or column")
         return Sample(image, extension, int(row[self._label]), f"{self._prefix}-{self._rows[number]:08d}")
 
     def name_of(self, number: int) -> str:
@@ -60,6 +58,7 @@ def hf_dataset(options: SourceOptions, seed: int = 0) -> ImageSource:
     label = _column(splits["train"], options.hf_label_column, "ClassLabel", "hf_label_column", name)
     class_names = tuple(splits["train"].features[label].names)
     parts = {split: _undecoded(splits[split], image, label, name) for split in filter(None, ("train", validation_name))}
+    labels = {split: _labels(dataset, label, len(class_names), f"{name}, split {split}") for split, dataset in parts.items()}
     if validation_name:
         if options.validation_share is not None:
             raise ShardError(f"validation_share is {options.validation_share}, but {name} has a split {validation_name}; leave it out")
@@ -67,9 +66,8 @@ def hf_dataset(options: SourceOptions, seed: int = 0) -> ImageSource:
         pairs = [(split, np.arange(len(dataset)), "") for split, dataset in parts.items()]
     else:
         share = options.validation_share or VALIDATION_SHARE
-        labels_N = np.array(parts["train"].select_columns([label])[label], dtype=np.int64)
         logger.info("%s: has no validation split, %g of each class is held out", name, share)
-        pairs = [("train", ids, f" split {share} seed {seed}") for ids in stratified_split(labels_N, share, seed)]
+        pairs = [("train", ids, f" split {share} seed {seed}") for ids in stratified_split(labels["train"], share, seed)]
     train, validation = (
         ImageSplit(HfImages(parts[split], image, label, split, rows), f"{parts[split]._fingerprint}{how}") for split, rows, how in pairs
     )
@@ -118,6 +116,15 @@ def _undecoded(dataset: Any, image: str, label: str, name: str) -> Any:
     if image not in dataset.features or label not in dataset.features:
         raise ShardError(f"{name}: a split lacks {image} or {label}; all splits need the same columns")
     return dataset.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+
+
+def _labels(dataset: Any, label: str, num_classes: int, where: str) -> np.ndarray:
+    """int64 [N]. Raises ShardError for rows without a class: the test split of a benchmark often hides them with -1."""
+    values = dataset.select_columns([label])[:][label]
+    bad = next((row for row, value in enumerate(values) if value is None or not 0 <= value < num_classes), None)
+    if bad is not None:
+        raise ShardError(f"{where}: row {bad} has label {values[bad]}; there are {num_classes} classes, and every row needs one of them")
+    return np.array(values, dtype=np.int64)
 
 
 def _encoded(entry: Mapping[str, Any] | None, where: str) -> tuple[bytes, str]:

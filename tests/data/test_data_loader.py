@@ -193,7 +193,6 @@ import sys
 from m2mkd_ds.config import AugmentConfig, DataConfig
 from m2mkd_ds.data import loader
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.write import write_shards
 
 class Probe(loader._TrainBatches):
     def __getitem__(self, number):
