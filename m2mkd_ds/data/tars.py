@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import braceexpand
+import braceexpand  # comes with webdataset
 import numpy as np
 
 from m2mkd_ds.data.errors import ShardError

@@ -116,6 +116,7 @@ def test_unfinished_folder_is_written_anew(folder: Path) -> None:
         (folder / "index.json").unlink()
         (folder / "writing.json").write_text(json.dumps(begun_for, indent=1, sort_keys=True))
         (folder / "shard-000000.tar").write_bytes(whole["shard-000000.tar"][:3000])
+        (folder / "shard-000001.tar").write_bytes(whole["shard-000002.tar"])  # whole, with 6 samples instead of 7
         (folder / "shard-000001.tar.77.tmp").write_bytes(b"half")
         (folder / "shard-000009.tar").write_bytes(b"stale")
         write(some_samples(20), folder)

@@ -49,8 +49,8 @@ def six_sets() -> list[dict[str, Any]]:
         }
         sets.append(icon_set(prefix, "CC-BY-4.0" if prefix == "b" else "MIT", icons))
     sets[0]["aliases"] = {"dot": {"parent": "dot-outline", "rotate": 1}}
-    sets[1]["icons"]["box-moving"] = {"body": f"{BOX.format(x=1, r=3)}<animate attributeName='x'/>"}
-    sets[2]["icons"]["dot-hidden"] = {"body": CIRCLE.format(x=3, r=2), "hidden": True}
+    sets[1]["icons"]["box-duotone"] = {"body": f"{BOX.format(x=1, r=3)}<animate attributeName='x'/>"}
+    sets[2]["icons"]["dot-large"] = {"body": CIRCLE.format(x=3, r=2), "hidden": True}
     sets[3]["icons"]["cross-filled"] = {"body": '<path d="M0 0"/>'}  # shows nothing
     sets.append(icon_set("g", "MIT", {"dot": CIRCLE.format(x=5, r=3), "cross-line": CROSS.format(x=2, r=12, w=1.3)}))
     sets.append(icon_set("h", "CC-BY-NC-4.0", {"dot": CIRCLE.format(x=20, r=2)}))

@@ -99,6 +99,14 @@ def test_a_killed_write_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, und
     assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
 
 
+def test_a_writing_process_that_is_killed_ends_the_write_with_a_reason(tmp_path: Path) -> None:
+    command = [sys.executable, str(JOB), str(tmp_path / "out"), "2", "die"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "a process that wrote shards was killed (out of memory?); finished shards are kept" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 def test_three_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     images_NHWC = np.random.default_rng(0).integers(0, 256, (40, 500, 400, 3), dtype=np.uint8)[:, ::4, ::4]
     (tmp_path / "files").mkdir()
