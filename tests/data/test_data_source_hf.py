@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.source_options import SourceOptions
-from m2mkd_ds.data.sources import make_source
+from m2mkd_ds.data.sources import SOURCES, make_source
 
 NAMES = ("ant", "bee", "cat")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -47,13 +48,23 @@ def test_a_saved_dataset_keeps_its_bytes_and_its_splits(tmp_path: Path) -> None:
 
     train_rows, test_rows = rows(0, 12), rows(100, 5)
     datasets.DatasetDict({"train": as_dataset(train_rows), "test": as_dataset(test_rows)}).save_to_disk(str(tmp_path / "saved"))
-    train, validation = make_source("hf", tmp_path / "out", path=tmp_path / "saved", samples_per_shard=5, workers=2)
+    train, validation = make_source("hf", tmp_path / "out", path=tmp_path / "saved", samples_per_shard=5)
     assert samples_of(train) == sorted(train_rows)
     assert samples_of(validation) == sorted(test_rows)
     assert train.class_names == validation.class_names == NAMES
     assert sorted(row["extension"].decode() for row in train.table) == ["jpg"] * 4 + ["png"] * 4 + ["webp"] * 4
     again, _ = make_source("hf", tmp_path / "out", path=tmp_path / "saved", samples_per_shard=5)
     assert again.fingerprint == train.fingerprint
+
+
+def test_samples_travel_to_another_process(tmp_path: Path) -> None:
+    made = rows(0, 30)
+    as_dataset(made).save_to_disk(str(tmp_path / "saved"))
+    source = SOURCES["hf"](SourceOptions(path=tmp_path / "saved", cache=tmp_path), 0)
+    message = pickle.dumps(source.train.samples.subset(np.array([4, 1])))
+    assert len(message) < 10_000  # the files' names, not the images
+    part = pickle.loads(message)
+    assert [part[i] for i in range(2)] == [source.train.samples[4], source.train.samples[1]]
 
 
 def test_parquet_files_give_the_same(tmp_path: Path) -> None:

@@ -107,7 +107,12 @@ def test_a_writing_process_that_is_killed_ends_the_write_with_a_reason(tmp_path:
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_three_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
+def test_three_processes_write_the_bytes_of_one_and_say_how_far_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("m2mkd_ds.logs.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(logging.getLogger("m2mkd_ds"), "propagate", True)
+    caplog.set_level(logging.INFO, "m2mkd_ds")
     images_NHWC = np.random.default_rng(0).integers(0, 256, (40, 500, 400, 3), dtype=np.uint8)[:, ::4, ::4]
     (tmp_path / "files").mkdir()
     for number, pixels_HWC in enumerate(images_NHWC):
@@ -127,6 +132,7 @@ def test_three_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
         )
         # 0, 1, 2, 0, ... 0: fourteen zeros and thirteen of the others.
         assert np.bincount(index.labels_N).tolist() == [14, 13, 13]
+        assert f"shards s -> {workers} 40/40 (100 %)" in caplog.text
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
@@ -237,27 +243,6 @@ def test_a_sample_s_own_entries_are_in_its_json(tmp_path: Path) -> None:
     assert json.loads(theirs["json"]) == {"key": "k", "label": 0, "class_name": "cat", "file": "a/b.webp"}
     assert theirs["webp"] == b"x"
     assert index.table["extension"].tolist() == [b"webp"]
-
-
-def test_progress_reaches_the_number_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("m2mkd_ds.logs.PLAIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(logging.getLogger("m2mkd_ds"), "propagate", True)
-    images_NHW = np.zeros((9, 4, 4), np.uint8)
-    samples = ArrayImages(images_NHW, np.zeros(9, np.int64), np.arange(9), "z")
-    for workers in (1, 2):
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "m2mkd_ds"):
-            write_shards(
-                samples,
-                tmp_path / str(workers),
-                total=9,
-                class_names=("a",),
-                source="s",
-                license="MIT",
-                samples_per_shard=4,
-                workers=workers,
-            )
-        assert f"shards s -> {workers} 9/9 (100 %)" in caplog.text
 
 
 def test_default_workers_are_the_processors_up_to_eight() -> None:
