@@ -59,7 +59,7 @@ def ensure_shards(config: RunConfig) -> RunConfig:
     """Make the shards of a recipe's named source when they are not there yet."""
     home = Path(config.data.train).parent
     if config.data.source and not (Path(config.data.train) / "index.json").is_file():
-        from m2mkd_ds.data.shard_pool import default_workers
+        from m2mkd_ds.data.write_pool import default_workers
         from m2mkd_ds.data.sources import make_source
 
         logger.info("making shards of %s in %s", config.data.source, home)

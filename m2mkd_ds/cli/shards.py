@@ -66,7 +66,7 @@ def write(
         options: What single sources take.
     """
     from m2mkd_ds.data.errors import ShardError
-    from m2mkd_ds.data.shard_pool import default_workers
+    from m2mkd_ds.data.write_pool import default_workers
     from m2mkd_ds.data.sources import make_source
 
     setup_logging()

@@ -31,7 +31,7 @@ from m2mkd_ds.data.index import FORMAT, INDEX_NAME, TABLE_NAME, ShardIndex, tabl
 from m2mkd_ds.data.order import permutation
 from m2mkd_ds.data.reencode import Reencoder
 from m2mkd_ds.data.samples import ListSamples, Samples
-from m2mkd_ds.data.shard_pool import write_all
+from m2mkd_ds.data.write_pool import write_all
 from m2mkd_ds.data.shard_task import KEY_RULE, ShardDone, ShardTask
 from m2mkd_ds.logs import Progress
 

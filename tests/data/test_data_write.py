@@ -21,7 +21,7 @@ import pytest
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.samples import ArrayImages, FileImages, Sample, encode_png
-from m2mkd_ds.data.shard_pool import default_workers
+from m2mkd_ds.data.write_pool import default_workers
 from m2mkd_ds.data.write import write_shards
 
 JOB = Path(__file__).parent / "write_job.py"
