@@ -63,7 +63,7 @@ class DataConfig:
     validation: str = ""
     """Folder or URL of the validation shards; evaluation uses every image of it exactly once."""
     source: str = ""
-    """Named source that the pipeline makes the shards from when they are not there: digits | fashion_mnist."""
+    """Named source that the pipeline makes the shards from when they are not there: digits | fashion_mnist | cifar100 | icons."""
     num_classes: int = 1000
     """Number of classes; checked against the index of the shards before anything runs."""
     image_size: int = 224

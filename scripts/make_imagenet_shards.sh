@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # ImageNet-1k (or any images in class folders) -> webdataset shards with an index: OUT/train and OUT/validation.
 #
-#   scripts/make_imagenet_shards.sh IMAGES OUT
+#   scripts/make_imagenet_shards.sh IMAGES OUT [OPTIONS]
+#   scripts/make_imagenet_shards.sh IMAGES OUT --resize-short 384 --quality 90 --workers 16
 #
 # IMAGES holds train/CLASS/*.JPEG and val/CLASS/*.JPEG (or validation/): the 50,000 validation images must lie in class
-# folders, too, not side by side. Files are copied as they are, so OUT is as large as IMAGES; a shard has 5,000 images, about
-# 600 MB of ImageNet, and is read back into memory once. NUM_CLASSES (1000) is checked before anything is written.
-# Interrupted, the same command starts the unfinished half (train, validation) again; a finished half is kept.
+# folders, too, not side by side. NUM_CLASSES (1000) class folders are expected in both; that is checked before anything is written.
+# Files are copied as they are, so OUT is as large as IMAGES, unless OPTIONS say otherwise: they are passed to `m2mkd shards write`
+# (its --help lists them). --resize-short 384 --quality 90 encodes larger images anew, with a shorter side of 384 pixels.
+# Interrupted, the same command goes on where it was: whole shards are kept.
 set -euo pipefail
-case "${1:-}" in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 fail() { printf 'make_imagenet_shards.sh: %s\n' "$*" >&2; exit 2; }
 
-[ $# -eq 2 ] || fail "expected IMAGES OUT; see --help"
+[ $# -ge 2 ] || fail "expected IMAGES OUT [OPTIONS]; see --help"
 images=$1 out=$2 classes=${NUM_CLASSES:-1000}
+shift 2
+case "$images:$out" in -* | *:-*) fail "options come behind IMAGES and OUT; see --help" ;; esac
 validation=$images/validation
 [ -d "$validation" ] || validation=$images/val
 for part in "$images/train" "$validation"; do
@@ -21,4 +25,4 @@ for part in "$images/train" "$validation"; do
     [ "$found" -eq "$classes" ] || fail "$part: holds $found class folders, expected $classes (NUM_CLASSES=N for other data)"
 done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-exec "$root/scripts/m2mkd" shards write --source image_folder --path "$images" --out "$out"
+exec "$root/scripts/m2mkd" shards write --source image_folder --path "$images" --out "$out" "$@"

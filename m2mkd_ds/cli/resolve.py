@@ -59,10 +59,11 @@ def ensure_shards(config: RunConfig) -> RunConfig:
     """Make the shards of a recipe's named source when they are not there yet."""
     home = Path(config.data.train).parent
     if config.data.source and not (Path(config.data.train) / "index.json").is_file():
+        from m2mkd_ds.data.processes import default_workers
         from m2mkd_ds.data.sources import make_source
 
         logger.info("making shards of %s in %s", config.data.source, home)
-        make_source(config.data.source, home, cache=None)
+        make_source(config.data.source, home, workers=default_workers())
     return config
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,9 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from m2mkd_ds.data.errors import ShardError
+from m2mkd_ds.data.processes import default_workers, end_with_parent
 from m2mkd_ds.logs import Progress
-
-MAX_DEFAULT_WORKERS = 8
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -27,7 +24,7 @@ def map_shards(
 
     `num_bytes`: what a result says about the bytes read, for the shown speed. The first error stops everything and is raised.
     """
-    count = min(workers or min(_num_cores(), MAX_DEFAULT_WORKERS), max(len(jobs), 1))
+    count = min(workers or default_workers(), max(len(jobs), 1))
     results: dict[int, R] = {}
     started, read = time.monotonic(), 0
     with Progress(len(jobs), what, enabled=enabled) as bar:
@@ -38,10 +35,6 @@ def map_shards(
     return [results[number] for number in range(len(jobs))]
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _in_this_process(work: Callable[[J], R], jobs: Sequence[J]) -> Iterator[tuple[int, R]]:
     for number, job in enumerate(jobs):
         yield number, work(job)
@@ -49,7 +42,7 @@ def _in_this_process(work: Callable[[J], R], jobs: Sequence[J]) -> Iterator[tupl
 
 def _in_processes(work: Callable[[J], R], jobs: Sequence[J], count: int) -> Iterator[tuple[int, R]]:
     # Spawned: a forked child of a process that uses threads may hang.
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
         numbers = {pool.submit(work, job): number for number, job in enumerate(jobs)}
         for done in as_completed(numbers):
@@ -58,15 +51,3 @@ def _in_processes(work: Callable[[J], R], jobs: Sequence[J], count: int) -> Iter
         raise ShardError("a worker process was killed (out of memory?); use fewer --workers") from err
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Workers wait for jobs on a pipe that they hold open themselves: without this they would outlive a killed parent for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -1,50 +1,36 @@
-"""Image collections that shards can be made from: scikit-learn's digits, Fashion-MNIST, and any folder of class folders.
+"""Image collections that shards can be made from, by name. `make_source(name, out)` writes out/train and out/validation.
 
-`make_source(name, out)` writes out/train and out/validation. Splits are fixed: Fashion-MNIST's own, a folder's own, or
-stratified by class and seed.
+Splits are fixed: the collection's own, or held out by class (icons: by icon set) and seed. Each source but the smallest has a file of
+its own, and all give an `ImageSource`; what a name takes is listed in `source_options.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import overload
 
 import numpy as np
-from PIL import Image
 
+from m2mkd_ds.data.atomic import AtomicFile
+from m2mkd_ds.data.cifar100 import cifar100
+from m2mkd_ds.data.cub import cub
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.fashion_mnist import CLASS_NAMES, PINNED_SHA256, fashion_mnist_arrays
+from m2mkd_ds.data.hf_dataset import hf_dataset
+from m2mkd_ds.data.icons import icons
+from m2mkd_ds.data.image_folder import image_folder
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.order import permutation
-from m2mkd_ds.data.shards import Sample, write_shards
+from m2mkd_ds.data.interop import INFO_NAME, write_interop
+from m2mkd_ds.data.samples import ArrayImages, ImageSource, ImageSplit, encode_png, stratified_split
+from m2mkd_ds.data.source_options import SourceName, SourceOptions, check_options
+from m2mkd_ds.data.tars import tars
+from m2mkd_ds.data.write import write_shards
 
-SOURCES = ("digits", "fashion_mnist", "image_folder")
+__all__ = ["SOURCES", "digits", "encode_png", "fashion_mnist", "image_folder", "make_source", "stratified_split"]
+
 DIGITS_VALIDATION_SHARE = 0.2
-FOLDER_VALIDATION_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class ImageSplit:
-    """A sequence of samples, encoded or read only when asked for, and a hash that names them."""
-
-    samples: Sequence[Sample]
-    content: str
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """A labelled collection."""
-
-    name: str
-    license: str
-    class_names: tuple[str, ...]
-    train: ImageSplit
-    validation: ImageSplit
 
 
 def make_source(
@@ -53,24 +39,27 @@ def make_source(
     *,
     path: str | Path | None = None,
     cache: str | Path | None = None,
+    options: SourceOptions | None = None,
     seed: int = 0,
     samples_per_shard: int = 5000,
+    resize_short: int = 0,
+    quality: int = 90,
+    workers: int = 1,
 ) -> tuple[ShardIndex, ShardIndex]:
-    """Write OUT/train and OUT/validation of a named source and return their indices; complete folders are kept.
+    """Write OUT/train and OUT/validation of a named source and return their indices; what is there already is kept.
 
-    `path`: the folder of `image_folder`, or a local copy of Fashion-MNIST's .gz files. `cache`: where downloads stay
-    (default OUT/download). Raises ShardError for an unknown name or data that cannot be had.
+    `path` and `cache` are the fields of `options` that are used most. `seed` shuffles, and splits where the source has no split.
+    The rest is as in `write_shards`. Raises ShardError for an unknown name, options that do not fit it, or data that cannot be had.
     """
     folder = Path(out)
-    if name == "digits":
-        source = digits(seed)
-    elif name == "fashion_mnist":
-        source = fashion_mnist(Path(cache) if cache else folder / "download", local=Path(path) if path else None)
-    elif name == "image_folder" and path:
-        source = image_folder(Path(path), seed)
-    else:
-        hint = "image_folder needs the path of a folder" if name == "image_folder" else f"allowed is {' | '.join(SOURCES)}"
-        raise ShardError(f"data source {name!r}: {hint}")
+    options = options or SourceOptions()
+    if path is not None:
+        options = replace(options, path=Path(path))
+    if cache is not None:
+        options = replace(options, cache=Path(cache))
+    known = check_options(name, options)
+    source = SOURCES[known](replace(options, cache=options.cache or folder / "download"), seed)
+    _write_documents(folder, source.documents)
     indices = [
         write_shards(
             split.samples,
@@ -82,10 +71,26 @@ def make_source(
             samples_per_shard=samples_per_shard,
             seed=seed,
             content=split.content,
+            resize_short=resize_short,
+            quality=quality,
+            workers=workers,
         )
         for split_name, split in (("train", source.train), ("validation", source.validation))
     ]
+    if not (folder / INFO_NAME).exists():
+        write_interop(folder)
     return indices[0], indices[1]
+
+
+def _write_documents(folder: Path, documents: Mapping[str, str]) -> None:
+    """Files that must lie beside the shards. One of the same name and another content is somebody's, and is not replaced."""
+    for name, text in documents.items():
+        path = folder / name
+        if path.exists() and path.read_text() != text:
+            raise ShardError(f"{path}: has another content than these shards need; choose another folder for them")
+        folder.mkdir(parents=True, exist_ok=True)
+        with AtomicFile(path) as file:
+            file.write(text.encode())
 
 
 def digits(seed: int = 0) -> ImageSource:
@@ -121,112 +126,24 @@ def fashion_mnist(cache: Path, *, local: Path | None = None) -> ImageSource:
     return ImageSource("fashion_mnist", "MIT", CLASS_NAMES, split("train"), split("t10k"))
 
 
-def image_folder(root: Path, seed: int = 0) -> ImageSource:
-    """ROOT/train/CLASS/*.jpg|png with ROOT/val or ROOT/validation beside it, or ROOT/CLASS/* (a tenth is held out).
-
-    Bytes are passed through. `content` covers names, sizes and times of the files, not their bytes.
-    """
-    train = root / "train"
-    validation = next((root / name for name in ("validation", "val") if (root / name).is_dir()), None)
-    if train.is_dir() and validation is not None:
-        class_names = _class_folders(train)
-        if _class_folders(validation) != class_names:
-            raise ShardError(f"{validation} and {train} hold different class folders; both need the same names")
-        splits = [_list_files(train, class_names), _list_files(validation, class_names)]
-    else:
-        class_names = _class_folders(root)
-        files = _list_files(root, class_names)
-        ids = stratified_split(np.array([label for _, label in files]), FOLDER_VALIDATION_SHARE, seed)
-        splits = [[files[i] for i in part] for part in ids]
-    train_split, validation_split = (ImageSplit(FileImages(root, files), _stat_hash(root, files)) for files in splits)
-    return ImageSource(f"image_folder:{root.name}", "unknown", class_names, train_split, validation_split)
+def _fashion_mnist(options: SourceOptions, seed: int) -> ImageSource:
+    assert options.cache is not None, "make_source fills it in"
+    return fashion_mnist(options.cache, local=options.path)
 
 
-def stratified_split(labels_N: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train ids, validation ids), ascending; every class gives round(share * its size) samples to validation."""
-    held_out = np.zeros(len(labels_N), dtype=bool)
-    for label in np.unique(labels_N):
-        ids = np.flatnonzero(labels_N == label)
-        held_out[ids[permutation(seed, int(label), len(ids))[: round(share * len(ids))]]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+def _image_folder(options: SourceOptions, seed: int) -> ImageSource:
+    assert options.path is not None, "check_options asks for it"
+    return image_folder(options.path, seed, share=options.validation_share)
 
 
-class _LazySamples(Sequence[Sample]):
-    """Samples made when they are asked for: a collection may be larger than memory."""
-
-    def __init__(self, count: int, make: Callable[[int], Sample]) -> None:
-        self._count, self._make = count, make
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, item: int) -> Sample: ...
-    @overload
-    def __getitem__(self, item: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, item: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(item, slice):
-            return [self._make(i) for i in range(self._count)[item]]
-        return self._make(range(self._count)[item])
-
-
-class ArrayImages(_LazySamples):
-    """PNG files of rows `ids` of a uint8 array [N, H, W]; keys are PREFIX-<row>."""
-
-    def __init__(self, images_NHW: np.ndarray, labels_N: np.ndarray, ids: np.ndarray, prefix: str) -> None:
-        def make(number: int) -> Sample:
-            row = int(ids[number])
-            return Sample(encode_png(images_NHW[row]), "png", int(labels_N[row]), f"{prefix}-{row:06d}")
-
-        super().__init__(len(ids), make)
-
-
-class FileImages(_LazySamples):
-    """Image files (path, label) under `root`, bytes as they are; keys are <number>-<file name>."""
-
-    def __init__(self, root: Path, files: Sequence[tuple[Path, int]]) -> None:
-        def make(number: int) -> Sample:
-            path, label = files[number]
-            stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:60]
-            return Sample(path.read_bytes(), path.suffix[1:].lower(), label, f"{number:08d}-{stem}")
-
-        super().__init__(len(files), make)
-
-
-def encode_png(pixels_HW: np.ndarray) -> bytes:
-    """A uint8 grey [H, W] or RGB [H, W, 3] image as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels_HW).save(file, format="PNG")
-    return file.getvalue()
-
-
-_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-def _class_folders(root: Path) -> tuple[str, ...]:
-    if not root.is_dir():
-        raise ShardError(f"{root}: no such folder; image_folder needs ROOT/CLASS/*.jpg or ROOT/train/CLASS/*.jpg")
-    names = tuple(sorted(folder.name for folder in root.iterdir() if folder.is_dir()))
-    if not names:
-        raise ShardError(f"{root}: holds no class folders; image_folder needs ROOT/CLASS/*.jpg or ROOT/train/CLASS/*.jpg")
-    return names
-
-
-def _list_files(root: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
-    """All image files, in a fixed order. Files of other kinds are refused, because leaving them out would go unseen."""
-    files = []
-    for label, name in enumerate(class_names):
-        for path in sorted((root / name).rglob("*")):
-            if path.is_file():
-                if path.suffix.lower() not in _SUFFIXES:
-                    raise ShardError(f"{path}: not one of {', '.join(_SUFFIXES)}; remove it or convert it")
-                files.append((path, label))
-    return files
-
-
-def _stat_hash(root: Path, files: Sequence[tuple[Path, int]]) -> str:
-    digest = hashlib.sha256()
-    for path, label in files:
-        stat = path.stat()
-        digest.update(f"{path.relative_to(root)} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+SOURCES: dict[SourceName, Callable[[SourceOptions, int], ImageSource]] = {
+    "digits": lambda options, seed: digits(seed),
+    "fashion_mnist": _fashion_mnist,
+    "cifar100": cifar100,
+    "cub": cub,
+    "icons": icons,
+    "image_folder": _image_folder,
+    "tar": tars,
+    "hf": hf_dataset,
+}
+"""Every source: (options with `cache` filled in, seed) -> the collection."""

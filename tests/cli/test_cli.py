@@ -151,7 +151,7 @@ def test_other_spellings_of_the_launchers_flags(flag: list[str], monkeypatch: py
         (["pipeline", "--recipe", "tiny", "--bogus"], "Unrecognized options: --bogus"),
         (["eval", "nowhere"], "nowhere: neither a run folder"),
         (["export", "nowhere"], "nowhere/config.yaml: no such config file"),
-        (["shards", "write", "--source", "image_folder", "--out", "o"], "image_folder needs the path of a folder"),
+        (["shards", "write", "--source", "image_folder", "--out", "o"], "image_folder: needs --path"),
         (["import", "none.pth", "--out", "o.safetensors"], "none.pth"),
         (["shrads"], "Unrecognized options: shrads"),
     ],

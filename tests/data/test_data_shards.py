@@ -19,8 +19,10 @@ import webdataset
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.samples import Sample
+from m2mkd_ds.data.scan import scan_shard
 from m2mkd_ds.data.shard_files import MAX_OPEN_SHARDS
-from m2mkd_ds.data.shards import Sample, scan_shard, write_shards
+from m2mkd_ds.data.write import write_shards
 
 Samples = list[tuple[bytes, str, int, str]]
 
@@ -109,11 +111,16 @@ def test_complete_folder_is_kept_and_another_request_is_refused(folder: Path) ->
 
 def test_unfinished_folder_is_written_anew(folder: Path) -> None:
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / "index.json").unlink()
-    (folder / "shard-000009.tar").write_bytes(b"stale")
-    (folder / "shard-000001.tar.77.tmp").write_bytes(b"half")
-    write(some_samples(20), folder)
-    assert whole == {path.name: path.read_bytes() for path in folder.iterdir()}
+    request = json.loads(whole["index.json"])["request"]
+    for begun_for in (request, {**request, "seed": 5}):  # kept and gone on with; begun anew
+        (folder / "index.json").unlink()
+        (folder / "writing.json").write_text(json.dumps(begun_for, indent=1, sort_keys=True))
+        (folder / "shard-000000.tar").write_bytes(whole["shard-000000.tar"][:3000])
+        (folder / "shard-000001.tar").write_bytes(whole["shard-000002.tar"])  # whole, with 6 samples instead of 7
+        (folder / "shard-000001.tar.77.tmp").write_bytes(b"half")
+        (folder / "shard-000009.tar").write_bytes(b"stale")
+        write(some_samples(20), folder)
+        assert whole == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def damage_truncate(folder: Path) -> None:
@@ -207,14 +214,15 @@ def test_threads_read_right_while_open_shards_are_evicted(tmp_path: Path) -> Non
     [
         ((b"", "png", 0, "k0000.x"), "the key must be unique"),
         ((b"", "png", 0, "dir/k0001"), "the key must be unique"),
-        ((b"", "gif", 0, "new"), "extension is 'gif'; allowed is jpg, jpeg, png"),
+        ((b"", "gif", 0, "new"), "extension is 'gif'; allowed is jpg, jpeg, png, webp"),
         ((b"", "png", 3, "new"), "label is 3; there are 3 classes"),
     ],
 )
 def test_bad_samples_are_refused_and_leave_no_complete_folder(tmp_path: Path, bad: tuple[bytes, str, int, str], message: str) -> None:
     with pytest.raises(ShardError, match=message):
         write([*some_samples(5), bad], tmp_path / "x")
-    assert list((tmp_path / "x").iterdir()) == []
+    # writing.json says what was begun, so that the folder is known to be ours.
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["writing.json"]
 
 
 def test_total_must_be_the_number_of_samples(tmp_path: Path) -> None:
@@ -264,7 +272,7 @@ def test_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
             write(samples, tmp_path / "x", per_shard=10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list((tmp_path / "x").iterdir()) == []
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["writing.json"]
 
 
 def test_atomic_file_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:

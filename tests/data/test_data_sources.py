@@ -147,12 +147,12 @@ def test_image_folder_refuses_what_it_cannot_take(tmp_path: Path) -> None:
         image_folder(tmp_path / "empty")
     make_class_folders(tmp_path / "set", {"ant": 2})
     (tmp_path / "set" / "ant" / "notes.txt").write_text("x")
-    with pytest.raises(ShardError, match=r"notes.txt: not one of .jpg, .jpeg, .png"):
+    with pytest.raises(ShardError, match=r"notes.txt: not one of .jpg, .jpeg, .png, .webp"):
         image_folder(tmp_path / "set")
 
 
 def test_unknown_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"data source 'mnist': allowed is digits \| fashion_mnist \| image_folder"):
+    with pytest.raises(ShardError, match=r"data source 'mnist': allowed is digits \| fashion_mnist \| cifar100 \| cub \| icons"):
         make_source("mnist", tmp_path)
-    with pytest.raises(ShardError, match="image_folder needs the path of a folder"):
+    with pytest.raises(ShardError, match="data source image_folder: needs --path"):
         make_source("image_folder", tmp_path)
