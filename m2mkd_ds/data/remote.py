@@ -150,7 +150,7 @@ class ProcessTransport:
         raise Refused(_NO_RANGES.format(kind=f"{self._kind}:"))
 
     def stream(self, offset: int, limit_s: float) -> Iterator[bytes]:
-        process = self._start()
+        process, _pipe = self._start()
         assert process.stdout is not None
         skip = offset
         try:
@@ -168,12 +168,14 @@ class ProcessTransport:
         if status:
             raise TemporaryFault(f"the command ended with exit status {status}")
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> tuple[subprocess.Popen[bytes], object]:
+        """The process, and what closes its output when it is dropped."""
         if self._kind == "pipe":
             # A session of its own, so that all of a pipeline can be ended.
+            command = self._address[len("pipe:") :]
             return subprocess.Popen(
-                self._address[len("pipe:") :], shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-            )
+                command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+            ), None  # fmt: skip
         # webdataset.gopen is a function that hides the file of the same name. Its table is used and not the function itself,
         # because that rewrites addresses by the environment, which could turn any of them into a shell command.
         gopen = importlib.import_module("webdataset.gopen")
@@ -181,7 +183,7 @@ class ProcessTransport:
             pipe = gopen.gopen_schemes[self._kind](self._address, "rb", 0)
         except FileNotFoundError as err:
             raise ShardError(f"{redact(self._address)}: the program {err.filename!r} is not installed, and {self._kind} needs it") from None
-        return cast("subprocess.Popen[bytes]", pipe.proc)
+        return cast("subprocess.Popen[bytes]", pipe.proc), pipe
 
     def _read(self, descriptor: int) -> bytes:
         ready, _, _ = select.select([descriptor], [], [], self._silence_s)
