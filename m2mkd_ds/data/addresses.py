@@ -79,8 +79,10 @@ def resolve_base(address: str, base: str) -> str:
 def redact(address: str) -> str:
     """The address without user name, password and query values, and of a command the first word only: for messages and logs."""
     if scheme(address) == "pipe":
-        words = address.partition(":")[2].split()
-        return f"pipe:{' '.join([*words[:1], *(['***'] if len(words) > 1 else [])])}"
+        program, _, rest = address.partition(":")[2].strip().partition(" ")
+        if "=" in program:  # an assignment of a variable
+            program, rest = "***", ""
+        return f"pipe:{program} ***" if rest else f"pipe:{program}"
     if not _SCHEME.match(address):
         return address
     try:

@@ -93,45 +93,44 @@ class ShardCache:
             raise ShardError(
                 f"{wanted.what}: has {wanted.bytes} bytes, and data.cache_gb allows {self.cap_bytes} for the whole cache; raise it"
             )
-        with _locked(self.folder / f"{wanted.name}.lock", stop, wait=wait) as held:
-            if not held:
-                return None, False
-            found = self.open(wanted.name)
-            if found is not None:
-                return found, False
-            part = self.folder / f"{wanted.name}.part"
-            try:
-                part.unlink(missing_ok=True)  # a dead process's: it would count against the cap
-                return self._arrive(wanted, part, source, stop), True
-            except OSError as err:
-                if err.errno not in _FULL:
-                    raise ShardError(f"{wanted.what}: cannot be written to data.cache_dir {self.root} ({err.strerror})") from None
-                raise ShardError(
-                    f"{wanted.what}: data.cache_dir {self.root} is full ({err.strerror}) before data.cache_gb is reached; free space or "
-                    "lower data.cache_gb; the half shard was removed"
-                ) from None
-            finally:
-                part.unlink(missing_ok=True)
+        try:
+            with _locked(self.folder / f"{wanted.name}.lock", stop, wait=wait) as held:
+                if not held:
+                    return None, False
+                found = self.open(wanted.name)
+                return (found, False) if found is not None else (self._arrive(wanted, source, stop), True)
+        except OSError as err:
+            if err.errno not in _FULL:
+                raise ShardError(f"{wanted.what}: cannot be written to data.cache_dir {self.root} ({err.strerror})") from None
+            raise ShardError(
+                f"{wanted.what}: data.cache_dir {self.root} is full ({err.strerror}) before data.cache_gb is reached; free space or "
+                "lower data.cache_gb; the half shard was removed"
+            ) from None
 
-    def _arrive(self, wanted: Wanted, part: Path, source: Callable[[], Iterator[bytes]], stop: threading.Event) -> CachedShard:
+    def _arrive(self, wanted: Wanted, source: Callable[[], Iterator[bytes]], stop: threading.Event) -> CachedShard:
         """Fetch under the temporary name, check, rename. The open file is handed on, so an eviction right away does no harm."""
-        shard = self._reserve(part, wanted.bytes, stop)
-        for second_try in (False, True):
+        part = self.folder / f"{wanted.name}.part"
+        try:
+            part.unlink(missing_ok=True)  # a dead process's: it would count against the cap
+            shard = self._reserve(part, wanted.bytes, stop)
             problem = _fill(shard.descriptor, wanted, source())
-            if not problem:
-                os.fsync(shard.descriptor)
-                shard.touch()
-                # Under the folder's lock, so that nobody who counts bytes misses the file between its two names.
-                with _locked(self.root / "cache.lock", stop):
-                    os.rename(part, self.folder / wanted.name)
-                return shard
-            if second_try:
-                break
-            logger.warning("%s: %s; fetching it once more", wanted.what, problem)
-        raise SampleError(
-            f"{wanted.what}: {problem}, twice; the shard at its source is not the one that was indexed, restore it or index it again",
-            "checksum",
-        )
+            if problem:
+                logger.warning("%s: %s; fetching it once more", wanted.what, problem)
+                problem = _fill(shard.descriptor, wanted, source())
+            if problem:
+                raise SampleError(
+                    f"{wanted.what}: {problem}, twice; the shard at its source is not the one that was indexed, restore it or index "
+                    "it again",
+                    "checksum",
+                )
+            os.fsync(shard.descriptor)
+            shard.touch()
+            # Under the folder's lock, so that nobody who counts bytes misses the file between its two names.
+            with _locked(self.root / "cache.lock", stop):
+                os.rename(part, self.folder / wanted.name)
+            return shard
+        finally:
+            part.unlink(missing_ok=True)
 
     def _reserve(self, part: Path, size: int, stop: threading.Event) -> CachedShard:
         """An empty file of full length, made when it fits under the cap: evicts what was unused for longest, waits for other fetches."""

@@ -213,6 +213,9 @@ class HttpTransport:
                 return self._client.get(self._location, headers, limit_s)[0]
             except Refused:
                 self._location = ""  # the place that a redirect named expires; ask again
+            except TemporaryFault:
+                self._location = ""  # and it may be the wrong one of several
+                raise
         response, location = self._client.get(self.address, headers, limit_s)
         self._location = "" if location == self.address else location
         return response

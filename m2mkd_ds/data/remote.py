@@ -186,8 +186,9 @@ class ProcessTransport:
         return cast("subprocess.Popen[bytes]", pipe.proc), pipe
 
     def _read(self, descriptor: int) -> bytes:
-        ready, _, _ = select.select([descriptor], [], [], self._silence_s)
-        if not ready:
+        poll = select.poll()  # select.select refuses descriptors above 1,023
+        poll.register(descriptor, select.POLLIN)
+        if not poll.poll(self._silence_s * 1000):
             raise TemporaryFault(f"the command printed nothing for {self._silence_s:g} s")
         return os.read(descriptor, CHUNK_BYTES)
 

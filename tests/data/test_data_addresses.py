@@ -97,6 +97,7 @@ def test_a_plain_address_may_be_kept(address: str) -> None:
 def test_redaction_keeps_what_helps() -> None:
     assert redact("https://u:p@host:81/a/b.tar?x=1") == "https://***@host:81/a/b.tar?***"
     assert redact("pipe:curl -s x") == "pipe:curl ***"
+    assert redact("pipe:PASS=s3cr3t curl x") == "pipe:***"
     assert redact("/data/a?b") == "/data/a?b"
 
 

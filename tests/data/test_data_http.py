@@ -15,7 +15,7 @@ from m2mkd_ds.data.remote import open_stream
 from m2mkd_ds.data.remote_files import RangeFiles
 from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.logs import logger
-from tests.data.faulty_server import FaultyServer, Fault, cut, redirect, reset, serving, slow, stall, status, wrong_range
+from tests.data.faulty_server import Fault, FaultyServer, cut, redirect, reset, serving, slow, stall, status, wrong_range
 
 BODY = bytes(i * 7 % 251 for i in range(3_000_000))
 
@@ -202,7 +202,12 @@ def test_a_token_goes_to_the_named_host_only(
 
 def test_the_hub_token_goes_to_the_hub_only() -> None:
     assert is_hugging_face("https://huggingface.co/datasets/x")
-    for url in ("http://huggingface.co/x", "https://huggingface.co.evil.net/x", "https://evil.net/huggingface.co", "https://cdn-lfs.hf.co/x"):
+    for url in (
+        "http://huggingface.co/x",
+        "https://huggingface.co.evil.net/x",
+        "https://evil.net/huggingface.co",
+        "https://cdn-lfs.hf.co/x",
+    ):
         assert not is_hugging_face(url)
 
 
