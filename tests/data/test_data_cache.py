@@ -322,6 +322,7 @@ def test_expected_shards_come_by_themselves(server: FaultyServer, tmp_path: Path
     reader.expect([5, 1, 3])
     wait_for(tmp_path / "c", ["shard-000001.tar", "shard-000005.tar"])  # two, as look_ahead says
     assert reader.read(5, 0, 4) == body(5)[:4]
+    time.sleep(0.2)
     assert [path for path, _ in server.requests] == ["/5.tar", "/1.tar"]
     reader.close()
 

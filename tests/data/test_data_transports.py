@@ -96,7 +96,7 @@ def living(group: int) -> list[str]:
 
 
 def test_a_command_left_early_is_ended(folder: Path) -> None:
-    with open_stream(f"pipe:echo $$ > {folder}/shell; cat {folder}/a.tar; sleep 60 | cat", ALLOWED) as file:
+    with open_stream(f"pipe:sleep 60 & echo $$ > {folder}/shell; cat {folder}/a.tar; wait", ALLOWED) as file:
         assert file.read(10) == BODY[:10]
         group = int((folder / "shell").read_text())
         assert living(group)
@@ -120,7 +120,7 @@ def test_other_programs_of_webdataset_are_told_when_they_are_missing(monkeypatch
 
 
 def test_an_address_is_never_rewritten_into_a_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GOPEN_REWRITE", f"sftp://=pipe:touch {folder}/ran;")
+    monkeypatch.setenv("GOPEN_REWRITE", f"sftp://=pipe:touch {folder}/ran #")
     with pytest.raises((ShardError, SampleError)):
         read_all("sftp://127.0.0.1:9/a.tar", Access(deadline_s=0.3))
     assert not (folder / "ran").exists()
