@@ -152,15 +152,12 @@ class CachedFiles:
             )  # fmt: skip
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        file = self._use(shard)
+        file, fetched = self._use(shard), False
         if file is None:
-            arrived, fetched = self._fetch(shard, self._retrier, wait=True)
-            assert arrived is not None
-            file = arrived
-            self._remote.counter.add("misses" if fetched else "hits")
+            file, fetched = self._fetch(shard, self._retrier, wait=True)
+            assert file is not None
             self._keep(shard, file)
-        else:
-            self._remote.counter.add("hits")
+        self._remote.counter.add("misses" if fetched else "hits")
         return os.pread(file.descriptor, size, offset)
 
     def expect(self, shards: Sequence[int]) -> None:
