@@ -152,7 +152,8 @@ class CachedFiles:
             )  # fmt: skip
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        file, fetched = self._use(shard), False
+        file: CachedShard | None = self._use(shard)
+        fetched = False
         if file is None:
             file, fetched = self._fetch(shard, self._retrier, wait=True)
             assert file is not None
@@ -184,10 +185,10 @@ class CachedFiles:
                     file.touch()
                     self._open[shard] = (file, now)
                 return file
-        file = self._cache.open(_name(shard))
-        if file is not None:
-            self._keep(shard, file)
-        return file
+        cached = self._cache.open(_name(shard))
+        if cached is not None:
+            self._keep(shard, cached)
+        return cached
 
     def _keep(self, shard: int, file: CachedShard) -> None:
         """Hold the file open; let go of those that were evicted, because their bytes are freed only then."""
