@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from m2mkd_ds.data.addresses import is_remote
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import INDEX_NAME, ShardIndex, table_dtype, write_index
@@ -152,7 +153,7 @@ def _read_info(base: str, access: Access, open_shard: OpenShard) -> ShardsInfo |
 def _keep(out: Path, shards: ShardList, request: IndexRequest, label_field: str) -> ShardIndex:
     """An index is there: kept when it is of these shards, refused otherwise (nobody's index is overwritten)."""
     index = ShardIndex.load_unchecked(out)
-    folder = index.base if is_url(index.base) else f"{index.shard_folder.resolve()}/"
+    folder = index.base if is_remote(index.base) else f"{index.shard_folder.resolve()}/"
     wanted = shards.base if is_url(shards.base) else f"{Path(shards.base).resolve()}/"
     pairs: list[tuple[str, object, object]] = [
         ("address", folder, wanted),

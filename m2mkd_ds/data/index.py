@@ -22,9 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from m2mkd_ds.data.addresses import is_remote, join, local_path, redact, resolve_base
 from m2mkd_ds.data.atomic import AtomicFile, file_sha256
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.shard_files import Access, LocalFiles, ShardFiles
+from m2mkd_ds.data.remote_files import CachedFiles, RangeFiles, check_base, open_files
+from m2mkd_ds.data.remote_index import local_copy
+from m2mkd_ds.data.shard_files import Access, ShardFiles
 
 FORMAT = "m2mkd-shards-1"
 INDEX_NAME = "index.json"
@@ -71,6 +74,7 @@ def write_index(
 
     `base`: folder or URL of the shards; empty when they lie in `folder`. Not part of the fingerprint: a copy elsewhere is the same data.
     """
+    check_base(base)
     table_path = folder / TABLE_NAME
     with AtomicFile(table_path) as file:
         np.save(file, table, allow_pickle=False)
@@ -91,13 +95,14 @@ def write_index(
 class ShardIndex:
     """A loaded index. Made by `ShardIndex.load`; cheap to send to a worker (only the path travels)."""
 
-    def __init__(self, folder: Path, tree: Mapping[str, Any], table: np.ndarray, access: Access) -> None:
+    def __init__(self, folder: Path, tree: Mapping[str, Any], table: np.ndarray, access: Access, address: str = "") -> None:
         self.folder = folder
+        """Of the index; for one from elsewhere, its copy on this machine."""
+        self.address = address or str(folder)
+        """What `load` was given. May hold credentials: show `redact(address)`."""
         self.access = access
-        self.base: str = tree.get("base", "")
-        """Address that shard names are appended to; empty: `folder`."""
-        self.shard_folder = folder / self.base
-        """Where local shards are; a relative base counts from `folder`."""
+        self.base: str = resolve_base(self.address, tree.get("base", ""))
+        """Address that shard names are appended to; may hold credentials, too."""
         self.shards = tuple(ShardRecord(**record) for record in tree["shards"])
         self.class_names: tuple[str, ...] = tuple(tree["class_names"])
         self.num_classes = len(self.class_names)
@@ -110,30 +115,32 @@ class ShardIndex:
         """int64 class number of every sample, in index order."""
         self.table = table
         """One row a sample (`table_dtype`), sorted by shard and offset."""
-        self.files: ShardFiles = LocalFiles([self.shard_folder / shard.name for shard in self.shards])
+        named = self.address if is_remote(self.address) else self.base
+        self.files: ShardFiles = open_files(self.shards, self.base, self.fingerprint, access, named=named)
 
     @classmethod
     def load(cls, folder: str | Path, access: Access | None = None) -> ShardIndex:
-        """Read and check the index and the shard files' sizes.
+        """Read and check the index of a folder, or of a URL, and the shard files' sizes (of remote shards: of the first).
 
-        Raises ShardError when the folder is incomplete, a shard is missing or truncated, or the parts disagree.
+        Raises ShardError when the folder is incomplete, a shard is missing or truncated, or the parts disagree; SampleError (io)
+        when an address does not answer in time.
         """
-        index = cls.load_unchecked(folder, access)
-        _check_shard_files(index)
-        return index
+        return _load(str(folder), access or Access())
 
     @classmethod
     def load_unchecked(cls, folder: str | Path, access: Access | None = None) -> ShardIndex:
         """Read and check the index alone, without a look at the shards. Raises ShardError when its parts disagree."""
-        path = Path(folder)
-        tree = _read_json(path)
-        table = _read_table(path, tree)
-        index = cls(path, tree, table, access or Access())
-        _check_counts(index, tree)
-        return index
+        return _read_index(str(folder), access or Access())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, (str(self.folder), self.access, self.fingerprint)
+        return _reload, (self.address, self.access, self.fingerprint)
+
+    @property
+    def shard_folder(self) -> Path:
+        """Where local shards are. Raises ShardError for shards that lie elsewhere."""
+        if is_remote(self.base):
+            raise ShardError(f"{self.folder}: its shards lie at {redact(self.base)}, not in a folder of this machine")
+        return local_path(self.base)
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -163,14 +170,37 @@ class ShardIndex:
     def describe(self, sample: int) -> str:
         """Where sample number `sample` is, for messages."""
         row = self.table[sample]
-        return f"shard {self.shard_folder / self.shards[int(row['shard'])].name}, key {row['key'].decode()}, sample {sample}"
+        return f"shard {redact(join(self.base, self.shards[int(row['shard'])].name))}, key {row['key'].decode()}, sample {sample}"
 
 
-def _reload(folder: str, access: Access, fingerprint: str) -> ShardIndex:
+def _load(address: str, access: Access, fingerprint: str = "") -> ShardIndex:
+    """With `fingerprint`, from the copy of a remote index that the process before made, without asking again."""
+    index = _read_index(address, access, fingerprint)
+    if not is_remote(index.base):
+        _check_shard_files(index)
+    elif not fingerprint and isinstance(index.files, (CachedFiles, RangeFiles)):
+        index.files.check_first()
+    return index
+
+
+def _read_index(address: str, access: Access, fingerprint: str = "") -> ShardIndex:
+    if is_remote(address):
+        path = local_copy(address, access, json_name=INDEX_NAME, table_name=TABLE_NAME, fingerprint=fingerprint)
+    else:
+        path = local_path(address)
+    tree = _read_json(path)
+    index = ShardIndex(path, tree, _read_table(path, tree), access, address)
+    _check_counts(index, tree)
+    return index
+
+
+def _reload(address: str, access: Access, fingerprint: str) -> ShardIndex:
     """Load in another process, and make sure that it is still the same data."""
-    index = ShardIndex.load(folder, access)
+    index = _load(address, access, fingerprint)
     if index.fingerprint != fingerprint:
-        raise ShardError(f"{folder}: fingerprint is {index.fingerprint}, the run began with {fingerprint}; the shards were rewritten")
+        raise ShardError(
+            f"{redact(address)}: fingerprint is {index.fingerprint}, the run began with {fingerprint}; the shards were rewritten"
+        )
     return index
 
 
@@ -233,10 +263,8 @@ def _check_counts(index: ShardIndex, tree: Mapping[str, Any]) -> None:
 
 
 def _check_shard_files(index: ShardIndex) -> None:
-    if "://" in index.base or index.base.startswith("pipe:"):
-        raise ShardError(f"{index.folder}: its shards lie at {index.base}; copy them to a local folder and index them there")
     for shard in index.shards:
-        path = index.shard_folder / shard.name
+        path = local_path(join(index.base, shard.name))
         if not path.is_file():
             raise ShardError(f"{path}: shard is missing ({len(index.shards)} are indexed); copy it here or write the shards again")
         size = path.stat().st_size

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m2mkd_ds.data.addresses import is_remote
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import INDEX_NAME, ShardIndex
-from m2mkd_ds.data.shard_list import is_url
 
 logger = logging.getLogger("m2mkd_ds")
 
@@ -133,7 +133,7 @@ def _wids_tree(index: ShardIndex, name: str) -> dict[str, Any]:
 
 def _relative(index: ShardIndex, name: str, prefix: str) -> str:
     """A shard's name seen from the folder that the list lies in. Remote shards keep their bare names: the list belongs beside them."""
-    if not index.base or is_url(index.base):
+    if is_remote(index.base) or index.shard_folder.resolve() == index.folder.resolve():
         return prefix + name
     from_folder = index.folder.parent if prefix else index.folder
     return os.path.relpath(index.shard_folder / name, from_folder)

@@ -78,11 +78,16 @@ class SampleOrder(Protocol):
         """Shards by first need from `position` to the end of its epoch."""
         ...
 
+    def shard_starts(self, epoch: int) -> Sequence[tuple[int, int]]:
+        """(stream position of its first sample, shard) for the shards of an epoch, in this order; `deit` is out by up to a step."""
+        ...
+
 
 class _EpochOrders:
     """What the orders share: the lists of the two latest epochs (a batch may touch both)."""
 
     repeats = 1
+    epoch_length: int
 
     def __init__(self, shard_sizes: Sequence[int]) -> None:
         self.num_samples = sum(shard_sizes)
@@ -120,9 +125,19 @@ class _EpochOrders:
 
     def shards_ahead(self, position: int) -> Sequence[int]:
         epoch, place = self._place(position)
+        return [shard for _, shard in self._first_places(epoch, place)]
+
+    def shard_starts(self, epoch: int) -> Sequence[tuple[int, int]]:
+        start = epoch * self.epoch_length
+        places = self.epoch_length // len(self._epoch(epoch))  # positions a place of the list: the repeats, or 1
+        return [(start + place * places, shard) for place, shard in self._first_places(epoch, 0)]
+
+    def _first_places(self, epoch: int, place: int) -> list[tuple[int, int]]:
+        """(place in the epoch's list, shard), by place, from `place` on."""
         rest = self._epoch(epoch)[place:]
         shards, first = np.unique(np.searchsorted(self._shard_ends, rest, side="right"), return_index=True)
-        return [int(shard) for shard in shards[np.argsort(first)]]
+        by_place = np.argsort(first)
+        return [(place + int(first[i]), int(shards[i])) for i in by_place]
 
 
 class StreamOrder(_EpochOrders):

@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
-from m2mkd_ds.data.errors import ShardError
+from m2mkd_ds.data.addresses import redact
+from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.tar_stream import ForwardFile
-
-if TYPE_CHECKING:
-    import urllib3
 
 OpenShard = Callable[[str, Access], "ShardStream"]
 """`open_shard_stream`, or another function of its kind."""
@@ -143,50 +141,50 @@ def opened(address: str, access: Access, open_shard: OpenShard) -> Iterator[Shar
 
 
 def open_shard_stream(address: str, access: Access) -> ShardStream:
-    """Open a shard at its start, for forward reads: a local path, http:// or https://.
+    """Open a shard, or a file beside it, at its start, for forward reads: a path, or any address that `remote.py` knows.
 
-    Raises OSError (FileNotFoundError when it is not there), ShardError for addresses of another kind.
+    Opening and reading raise OSError (FileNotFoundError when it is not there), after `access.deadline_s` of trying for remote ones.
     """
-    if not is_url(address):
-        file = open(address, "rb", buffering=0)
-        status = os.fstat(file.fileno())
-        return ShardStream(file, f"{status.st_size} {status.st_mtime_ns}", file.close, status.st_size)
-    if address.startswith(("http://", "https://")):
-        return _open_http(address, access)
-    raise ShardError(f"{address}: shards are indexed from local folders, http:// and https://; download them first")
+    if is_url(address):
+        return _open_remote(address, access)
+    file = open(address, "rb", buffering=0)
+    status = os.fstat(file.fileno())
+    return ShardStream(file, f"{status.st_size} {status.st_mtime_ns}", file.close, status.st_size)
 
 
-def _open_http(url: str, access: Access) -> ShardStream:
-    import urllib3
+def _open_remote(address: str, access: Access) -> ShardStream:
+    # Here, for the sake of the processes that walk local shards.
+    from m2mkd_ds.data.http_transport import HttpTransport
+    from m2mkd_ds.data.remote import http_client, open_stream, open_transport
+    from m2mkd_ds.data.retry import Retrier
 
-    pool = urllib3.PoolManager(num_pools=1)
-    timeout = urllib3.Timeout(connect=min(30.0, access.deadline_s), read=min(60.0, access.deadline_s))
-    try:
-        response = pool.request("GET", url, preload_content=False, timeout=timeout)
-    except urllib3.exceptions.HTTPError as err:
-        raise OSError(f"{url}: {type(err).__name__} while connecting") from None
-    if response.status != 200:
-        response.release_conn()
-        kind = FileNotFoundError if response.status == 404 else OSError
-        raise kind(f"{url}: the server answers {response.status}")
-    headers = response.headers
-    stamp = " ".join(headers.get(name, "") for name in ("Content-Length", "ETag", "Last-Modified"))
-    # Without a date or a tag, a file of the same length could be another one.
-    known = "ETag" in headers or "Last-Modified" in headers
-    length = headers.get("Content-Length", "0")
-    return ShardStream(_HttpFile(response, url), stamp if known else "", pool.clear, int(length) if length.isdigit() else 0)
+    with _as_os_errors():
+        transport = open_transport(address, access, http_client(address, access))
+        size = Retrier(access.deadline_s).call(redact(address), transport.size)
+        file = open_stream(address, access)
+    tag = transport.tag if isinstance(transport, HttpTransport) else ""
+    # Without a tag, a file of the same length could be another one.
+    return ShardStream(_RemoteFile(file), f"{size} {tag}" if tag else "", file.close, size or 0)
 
 
-class _HttpFile:
-    """Errors of the connection as OSError. A body that ends early is one (urllib3 counts it against Content-Length)."""
+class _RemoteFile:
+    """Errors of a remote file as OSError, which is what readers of local ones know."""
 
-    def __init__(self, response: urllib3.response.BaseHTTPResponse, url: str) -> None:
-        self._response, self._url = response, url
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
 
     def read(self, size: int, /) -> bytes:
-        import urllib3
+        with _as_os_errors():
+            return self._file.read(size)
 
-        try:
-            return self._response.read(size, decode_content=False)
-        except urllib3.exceptions.HTTPError as err:
-            raise OSError(f"{self._url}: {type(err).__name__} while reading") from None
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    from m2mkd_ds.data.http_transport import Refused
+
+    try:
+        yield
+    except Refused as err:
+        raise (FileNotFoundError if err.is_absent else OSError)(str(err)) from None
+    except (ShardError, SampleError) as err:
+        raise OSError(str(err)) from None

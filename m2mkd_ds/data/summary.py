@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from m2mkd_ds.data.addresses import redact
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.order import permutation
@@ -73,7 +74,7 @@ def summarize(index: ShardIndex, *, seed: int = 0, num_sized: int = SIZES_SAMPLE
         source=index.source,
         license=index.license,
         fingerprint=index.fingerprint,
-        base=index.base,
+        base="" if index.base == str(index.folder) else redact(index.base),
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from m2mkd_ds.data.addresses import join
 from m2mkd_ds.data.index import ShardIndex, ShardRecord
 from m2mkd_ds.data.scan import BROKEN_OFF, ShardFault, ShardRow, ShardScan, scan_samples
 from m2mkd_ds.data.shard_files import Access
@@ -69,10 +70,9 @@ def verify_shards(
     access = access or Access()
     index = ShardIndex.load_unchecked(folder, access)
     ends = np.cumsum([0, *index.shard_sizes])
-    base = index.base if "://" in index.base or index.base.startswith("pipe:") else f"{index.shard_folder}/"
     jobs = [
         _Job(
-            base + shard.name, shard, int(ends[number]), index.table[ends[number] : ends[number + 1]],
+            join(index.base, shard.name), shard, int(ends[number]), index.table[ends[number] : ends[number + 1]],
             index.request.get("label_field", ""), decode, access, open_shard,
         )
         for number, shard in enumerate(index.shards)

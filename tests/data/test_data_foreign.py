@@ -22,7 +22,8 @@ from tests.data.tar_files import image_file, image_members, make_tar
 
 
 def build(*shards: str | Path, workers: int = 1, **request: Any) -> ShardIndex:
-    return index_shards(IndexRequest(shards=tuple(map(str, shards)), **request), workers=workers)
+    access = Access(deadline_s=1.0)  # the servers of these tests answer at once, or never will
+    return index_shards(IndexRequest(shards=tuple(map(str, shards)), **request), workers=workers, access=access)
 
 
 @pytest.fixture
@@ -357,12 +358,12 @@ def test_remote_shards_are_indexed_as_local_ones_are(server: str, shards: Path, 
 
 
 def test_remote_failures_name_the_shard_and_are_no_damaged_samples(server: str, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="absent.tar: cannot be read .*the server answers 404"):
+    with pytest.raises(ShardError, match="absent.tar: cannot be read .*HTTP 404"):
         build(f"{server}absent.tar", out=tmp_path / "o", allow_bad=9)
-    with pytest.raises(ShardError, match=r"short.tar: cannot be read .*while reading"):
+    with pytest.raises(ShardError, match=r"short.tar: cannot be read .*ended early|IncompleteRead|short"):
         build(f"{server}short.tar", out=tmp_path / "o", allow_bad=9)
     (shards / "forbidden").mkdir()
     make_tar(shards / "forbidden" / "f.tar", image_members(range(2)))
     assert len(build(f"{server}forbidden/f.tar", out=tmp_path / "f")) == 2
-    with pytest.raises(ShardError, match=r"NewConnectionError|ConnectTimeout|MaxRetryError"):
+    with pytest.raises(ShardError, match=r"127.0.0.1:9/x.tar"):
         build("http://127.0.0.1:9/x.tar", out=tmp_path / "q")
