@@ -77,6 +77,7 @@ def feed_factory(
             world=ctx.world.size,
             start_step=start_step,
             total_steps=total_steps,
+            device=ctx.world.device,
         )
         return ColocatedFeed(loader, pairs, meta, teachers, device=ctx.world.device, dtype=ctx.dtype(phase.precision))
 
@@ -92,7 +93,7 @@ def run_evaluation(
     in_step: bool = False,
 ) -> dict[str, Score]:
     """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
-    loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size)
+    loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size, device=ctx.world.device)
     return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
 
 
