@@ -1,8 +1,9 @@
 """A run that is killed goes on as if nothing had happened, also on another number of ranks; damaged samples are seen by every rank.
 
-By the real launcher, three times. `straight`: 2 ranks, uninterrupted. `killed`: 2 ranks with a loader worker each; launcher, ranks
-and workers are killed in the middle of a step, with batches read ahead and the newest checkpoint a step old. Then the same folder
-goes on by the verb `train` on 2 ranks, and a copy of it on 1 rank with twice the accumulation.
+By the real launcher, three times, and once more for a damaged validation image. `straight`: 2 ranks, uninterrupted. `killed`: 2 ranks
+with a loader worker each; launcher, ranks and workers are killed in the middle of a step, with batches read ahead and the newest
+checkpoint a step old. Then the same folder goes on by the verb `train` on 2 ranks, and a copy of it on 1 rank with twice the
+accumulation.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,10 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.shards import write_shards
 from m2mkd_ds.data.sources import encode_png
 from m2mkd_ds.logs import read_metrics
-from m2mkd_ds.train.pipeline import run_pipeline
+from m2mkd_ds.train.pipeline import run_pipeline, write_config
 from tests.launching import free_port, kill_group, launch, launcher_command, rank_environment
 from tests.train import kill_resume_job
-from tests.train.kill_resume_job import CHECKPOINT_STEPS, GLOBAL_BATCH, IMAGES, KILLED_IN, PHASE, STEPS
+from tests.train.kill_resume_job import CHECKPOINT_STEPS, GLOBAL_BATCH, IMAGES, KILLED_IN, PHASE, STEPS, config_of
 
 SCRIPT = Path(kill_resume_job.__file__)
 SAVED = KILLED_IN // CHECKPOINT_STEPS * CHECKPOINT_STEPS
@@ -50,10 +53,10 @@ def write_noise(folder: Path) -> None:
         )  # fmt: skip
 
 
-def damage(folder: Path) -> None:
-    """Change one byte in the middle of each of three images."""
+def damage(folder: Path, samples: Sequence[int]) -> None:
+    """Change one byte in the middle of each of these images."""
     index = ShardIndex.load(folder)
-    for sample in DAMAGED:
+    for sample in samples:
         row = index.table[sample]
         with (folder / index.shards[int(row["shard"])].name).open("r+b") as file:
             place = int(row["offset"]) + int(row["size"]) // 2
@@ -85,7 +88,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("killed")
     write_noise(out / "shards")
     shutil.copytree(out / "shards", out / "damaged_shards")
-    damage(out / "damaged_shards" / "train")
+    damage(out / "damaged_shards" / "train", DAMAGED)
+    damage(out / "damaged_shards" / "validation", [41])
     run_until_killed(out, tmp_path_factory.mktemp("scratch"))
     shutil.copytree(out / "killed", out / "one_rank")
     for name, ranks, words in (
@@ -227,3 +231,16 @@ def test_only_the_places_of_damaged_images_hold_others(out: Path) -> None:
 def test_a_run_without_damage_has_no_list(out: Path) -> None:
     assert not (out / "straight" / PHASE / "bad_samples.jsonl").exists()
     assert {line["data/bad_samples"] for line in read_metrics(out / "straight" / PHASE / "metrics.jsonl")} == {0}
+
+
+def test_a_damaged_validation_image_ends_the_job_of_all_ranks_with_its_name(out: Path) -> None:
+    """Rank 1 alone meets it; rank 0 stands in the collective behind its own batches."""
+    config = config_of(out, "bad_validation")
+    data = replace(config.data, validation=str(out / "damaged_shards" / "validation"))
+    file = write_config(replace(config, data=data, pretrain_meta=replace(config.pretrain_meta, max_steps=1)))
+    began = time.monotonic()
+    job = launch(SCRIPT, [str(out), "bad_validation", "train", "--config", str(file), "--phase", PHASE], timeout_s=120, check=False)
+    assert job.returncode != 0
+    assert "sample 41: the shard holds other bytes than were indexed (crc32 differs)" in job.stdout
+    assert time.monotonic() - began < 90  # the time-out of a collective is 600 s
+    assert not (out / "bad_validation" / PHASE / "weights.safetensors").exists()
