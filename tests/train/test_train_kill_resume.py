@@ -38,6 +38,7 @@ SCRIPT = Path(kill_resume_job.__file__)
 SAVED = KILLED_IN // CHECKPOINT_STEPS * CHECKPOINT_STEPS
 """Step of the newest checkpoint when the run is killed."""
 DAMAGED = (3, 20, 41)
+pytestmark = pytest.mark.timeout(600)  # four launches, on a machine that may be busy
 
 
 def write_noise(folder: Path) -> None:
