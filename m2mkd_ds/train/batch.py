@@ -33,10 +33,10 @@ def images_need_micro_batch(augment: AugmentConfig) -> bool:
 
 
 def expected_ranks(launch: LaunchConfig) -> int | None:
-    """Ranks that the pipeline's launches will have; None when only the launcher knows (hostfile, flags that choose devices)."""
+    """Ranks that the pipeline's launches will have; None when only the launcher knows (hostfile, flags that choose devices, CPUs)."""
     if launch.hostfile or any(word.split("=")[0] in _RANK_FLAGS for word in launch.extra):
         return None
-    return launch.num_gpus or max(1, torch.accelerator.device_count())
+    return launch.num_gpus or torch.accelerator.device_count() or None
 
 
 def batch_change(done: Mapping[str, Any], layout: Mapping[str, Any], ranks: int | None) -> str:

@@ -198,6 +198,7 @@ def test_why_a_node_must_run(tmp_path: Path) -> None:
         (["launch.num_gpus=7"], ""),  # the number of ranks alone was never a setting of the result
         (["m2mkd.micro_batch_size=8"], "the global batch of m2mkd changed: 16 x 2 ranks = 32 -> 8 x 2 ranks = 16"),
         (["launch.num_gpus=1", "m2mkd.micro_batch_size=8"], "the global batch of m2mkd changed: 16 x 2 ranks = 32 -> 8 x 1 ranks = 8"),
+        (["launch.num_gpus=0", "m2mkd.micro_batch_size=8"], ""),  # on CPUs: whatever the launcher starts
         # with a hostfile nobody here knows the ranks: 8 images a rank may be 32 on four of them, 24 cannot
         (["launch.hostfile=hosts", "m2mkd.micro_batch_size=8"], ""),
         (
