@@ -98,7 +98,7 @@ class DataConfig:
     """Allow shard addresses `pipe:COMMAND`, which run COMMAND in a shell."""
     max_bad_samples: int = -1
     """Different training samples that may be damaged (each is counted, listed and replaced by the next of the order) before the run
-    stops. -1: a thousandth of the images, at most 100. In evaluation one damaged image stops the run."""
+    stops. -1: a thousandth of the images, at least 1 and at most 100. In evaluation one damaged image stops the run."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """What happens to training images only."""
 

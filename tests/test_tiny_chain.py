@@ -261,6 +261,8 @@ def copied(folder: Path, run: Path, repo_root: Path) -> Path:
     """A copy of the run in which one pair was trained again by the plain launcher, with another engine."""
     copy = folder / "copied"
     shutil.copytree(run, copy)
+    shutil.rmtree(copy / "m2mkd" / "pair_1")
+    (copy / "m2mkd" / "done.json").unlink()
     words = ["train", "--config", str(copy / "config.yaml"), "--phase", "m2mkd", "--pair", "1"]
     engine = ["--deepspeed", "--deepspeed_config", str(repo_root / "ds_configs" / "zero2.json")]
     launch("m2mkd_ds", [*words, *engine], ranks=2, module=True, timeout_s=200)
@@ -269,22 +271,30 @@ def copied(folder: Path, run: Path, repo_root: Path) -> Path:
 
 def test_one_pair_by_the_plain_launcher_gives_the_weights_of_the_pipeline(run: Path, copied: Path) -> None:
     done = read(copied / "m2mkd" / "pair_1" / "done.json")
-    assert done["config"]["m2mkd.ds_config"].endswith("ds_configs/zero2.json") and done["world_size"] == 2
+    assert done["layout"]["m2mkd.ds_config"].endswith("ds_configs/zero2.json") and done["world_size"] == 2
     ours, theirs = (load_file(f / "m2mkd" / "pair_1" / "weights.safetensors") for f in (copied, run))
     # ZeRO-2 may add up gradients in another order than ZeRO-1; the weights themselves moved by about lr * steps = 0.1
     assert ours.keys() == theirs.keys() and max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-6
 
 
 def test_a_phase_of_a_copied_run_leaves_the_original_alone(run: Path, copied: Path) -> None:
-    assert read(run / "m2mkd" / "pair_1" / "done.json")["config"]["m2mkd.ds_config"] == "zero1"
+    assert read(run / "m2mkd" / "pair_1" / "done.json")["layout"]["m2mkd.ds_config"] == "zero1"
     assert load(run / "config.yaml").run_dir == str(run)
     assert same_bits(run / "m2mkd" / "pair_0" / "weights.safetensors", copied / "m2mkd" / "pair_0" / "weights.safetensors")
 
 
-def test_a_node_of_pairs_is_not_complete_when_one_was_made_anew(copied: Path) -> None:
-    assert not (copied / "m2mkd" / "done.json").exists()
+def test_a_pair_trained_with_another_engine_completes_its_node(copied: Path) -> None:
     actions = planned(m2mkd("pipeline", "--config", copied / "config.yaml", "--dry-run"))
-    assert actions["m2mkd"] == actions["assemble"] == "run" and actions["split"] == "skip"
+    assert actions["m2mkd"] == actions["split"] == "skip"  # ZeRO stages are layout, not result
+
+
+def test_a_finished_run_outlives_another_layout_of_the_same_batch(run: Path) -> None:
+    layout = [f"{phase}.gradient_accumulation_steps=2" for phase in EPOCHS]
+    one_rank = m2mkd("pipeline", "--config", run / "config.yaml", "--set", "launch.num_gpus=1", *layout, "--dry-run")
+    assert set(planned(one_rank).values()) == {"skip"}
+    two_ranks = m2mkd("pipeline", "--config", run / "config.yaml", "--set", layout[0], "--dry-run")
+    assert planned(two_ranks)["pretrain_meta"] == "run"
+    assert "the global batch of pretrain_meta changed: 32 x 2 ranks = 64 -> 64 x 2 ranks = 128" in two_ranks
 
 
 @pytest.fixture(scope="module")

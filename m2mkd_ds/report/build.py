@@ -17,6 +17,7 @@ from m2mkd_ds.report import plots
 from m2mkd_ds.report.collect import RunFacts, collect
 from m2mkd_ds.report.html import render_html
 from m2mkd_ds.report.markdown import render_markdown
+from m2mkd_ds.report.summary import bad_sample_counts
 from m2mkd_ds.report.table import difference_line
 
 logger = logging.getLogger("m2mkd_ds")
@@ -76,6 +77,7 @@ def as_json(facts: RunFacts) -> dict[str, Any]:
         "few_shot": facts.few_shot,
         "nodes": [dataclasses.asdict(node) for node in facts.nodes],
         "last_metrics": last,
+        "bad_samples": bad_sample_counts(facts),
         "versions": facts.versions,
         "config": None if facts.config is None else config_tree.to_dict(facts.config),
         "missing": facts.missing,

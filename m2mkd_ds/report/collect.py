@@ -77,6 +77,8 @@ class RunFacts:
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     """Curves by phase, phases and pairs in running order; a phase without metrics is absent."""
     nodes: list[NodeFacts] = field(default_factory=list)
+    bad_samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Uses of damaged training images, by the list that tells of them (relative to the run); empty when there were none."""
     versions: dict[str, str] = field(default_factory=dict)
     export: str | None = None
     """The exported folder, relative to the run, when it is there."""
@@ -101,6 +103,7 @@ def collect(run_dir: Path) -> RunFacts:
         if found:
             facts.few_shot[file.parent.name] = found
     _read_curves(facts)
+    _read_bad_samples(facts)
     _read_nodes(facts)
     if (run_dir / "export" / "model" / "config.json").is_file():
         facts.export = "export/model"
@@ -165,6 +168,16 @@ def _read_curves(facts: RunFacts) -> None:
             facts.missing.append(f"{phase} has curves of {len(found)} of {facts.config.num_stages} pairs")
         if found:
             facts.curves[phase] = found
+
+
+def _read_bad_samples(facts: RunFacts) -> None:
+    for phase in config_tree.PHASES:
+        folder = facts.run_dir / phase
+        for file in [*folder.glob("bad_samples.jsonl"), *sorted(folder.glob("pair_*/bad_samples.jsonl"))]:
+            relative = file.relative_to(facts.run_dir).as_posix()
+            records = _read(facts, relative, f"damaged images of {phase}", _records)
+            if records:
+                facts.bad_samples[relative] = records
 
 
 def _expected(facts: RunFacts, phase: str) -> bool:

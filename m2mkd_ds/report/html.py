@@ -25,6 +25,7 @@ def render_html(facts: RunFacts, figures: Mapping[str, str]) -> str:
         _phases(facts, figures),
         _section("Expert load", summary.caption_of_load(), _image(figures, "load", "expert load by block")),
         _section("Routing during training", summary.caption_of_routing(), _image(figures, "router", ROUTER_TEXT)),
+        _bad_samples(facts),
         _times(facts),
         _config(facts),
     ]
@@ -92,6 +93,12 @@ def _phases(facts: RunFacts, figures: Mapping[str, str]) -> str:
         for phase in facts.curves
     )
     return _section("Training", "A line is the whole model, or one teaching pair.", body)
+
+
+def _bad_samples(facts: RunFacts) -> str:
+    rows = summary.bad_sample_rows(facts)
+    note = summary.caption_of_bad_samples().replace("`", "")
+    return _section("Damaged training images", note, _table(summary.BAD_COLUMNS, rows, {}) if rows else "")
 
 
 def _times(facts: RunFacts) -> str:

@@ -30,6 +30,8 @@ def render_markdown(facts: RunFacts, figures: Mapping[str, str]) -> str:
     blocks += _titled("Expert load", [summary.caption_of_load(), *load] if load else [])
     routing = _image(figures, "router", summary.ROUTER_TEXT)
     blocks += _titled("Routing during training", [summary.caption_of_routing(), *routing] if routing else [])
+    bad = summary.bad_sample_rows(facts)
+    blocks += _titled("Damaged training images", [summary.caption_of_bad_samples(), _table(summary.BAD_COLUMNS, bad)] if bad else [])
     if facts.nodes:
         blocks += ["## Time", _table(summary.TIME_COLUMNS, summary.time_rows(facts.nodes))]
     lines = [*summary.config_rows(facts), *facts.versions.items()]

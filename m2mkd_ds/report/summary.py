@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 from m2mkd_ds.config import RouterConfig
 from m2mkd_ds.logs import format_seconds
@@ -11,6 +13,8 @@ from m2mkd_ds.report.collect import NodeFacts, RunFacts, is_number
 from m2mkd_ds.report.table import DASH, percent
 
 TIME_COLUMNS = ("node", "wall time", "steps", "images", "images / s", "finished")
+
+BAD_COLUMNS = ("list", "images", "uses replaced", "kinds")
 
 ROUTER_TEXT = "routing entropy, busiest expert, dead experts and drop rate by block"
 """The router figure in words."""
@@ -64,6 +68,29 @@ def time_rows(nodes: Sequence[NodeFacts]) -> list[tuple[str, ...]]:
     ]
     total = total_seconds(nodes)
     return rows if total is None else [*rows, ("all", format_seconds(total), "", "", "", "")]
+
+
+def bad_sample_counts(facts: RunFacts) -> dict[str, dict[str, Any]]:
+    """By list: `images` (different ones), `uses` that were replaced, and `kinds` of the images; empty for a run without any."""
+    counts: dict[str, dict[str, Any]] = {}
+    for name, records in facts.bad_samples.items():
+        kind_of = {str(record.get("sample")): str(record.get("kind")) for record in records}
+        kinds = dict(sorted(Counter(kind_of.values()).items()))
+        counts[name] = {"images": len(kind_of), "uses": len(records), "kinds": kinds}
+    return counts
+
+
+def bad_sample_rows(facts: RunFacts) -> list[tuple[str, ...]]:
+    """Cells of the table of damaged training images, in the order of BAD_COLUMNS."""
+    return [
+        (name, f"{count['images']:,}", f"{count['uses']:,}", ", ".join(f"{kind} {number}" for kind, number in count["kinds"].items()))
+        for name, count in bad_sample_counts(facts).items()
+    ]
+
+
+def caption_of_bad_samples() -> str:
+    """What the table of damaged images says."""
+    return "Training images that could not be used; another one took their place. `m2mkd shards verify` checks the shards."
 
 
 def _duration(seconds: float) -> str:

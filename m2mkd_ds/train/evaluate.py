@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import EvalLoader
 from m2mkd_ds.distributed.world import World, all_reduce_sum, gather_object
 from m2mkd_ds.logs import progress
@@ -97,11 +99,13 @@ def evaluate(
     """Score all `models` in one pass over the data.
 
     `prepare(images)` runs once a batch (for example the meta prefix chain); each model gets its result. `in_step`: every rank
-    makes as many forward passes as the one with the most batches. Raises
-    RuntimeError unless exactly the samples 0..num_images-1 were seen, once each, over all ranks.
+    makes as many forward passes as the one with the most batches. Raises RuntimeError unless exactly the samples 0..num_images-1 were
+    seen, once each, over all ranks, and all ranks mean the same images and labels by these numbers. A damaged image raises SampleError
+    on the rank that meets it, and the end of that process ends the job: nobody catches it, and no collective waits for it in vain.
     """
     scores = {name: Score(0, 0, 0, 0.0, *torch.zeros(2, num_images, dtype=torch.int64)) for name in models}
     seen_N = torch.zeros(num_images, dtype=torch.int64)
+    checksum = 0
     # Agreed on before the first pass: behind the loop, this collective would meet the passes of ranks that are still in it.
     missing = max(gather_object(len(loader))) - len(loader) if in_step else 0
     for batch in progress(loader, total=len(loader), what=what, enabled=world.rank == 0):
@@ -110,6 +114,7 @@ def evaluate(
         for name, forward in models.items():
             _add_batch(scores[name], *forward(prepared), labels_B, batch.slot_ids_B)
         seen_N[batch.slot_ids_B] += 1
+        checksum += _checksum(loader.index, batch.slot_ids_B.numpy(), batch.labels_B.numpy())
     for _ in range(missing):
         prepared = prepare(loader.no_images().to(world.device, dtype))
         for forward in models.values():
@@ -118,7 +123,35 @@ def evaluate(
     if not bool((seen_N == 1).all()):
         wrong = (seen_N != 1).nonzero().flatten()[:5].tolist()
         raise RuntimeError(f"evaluation saw {int(seen_N.sum())} images of {num_images}; samples not seen exactly once: {wrong} ...")
+    _same_images(checksum % 2**64, loader.index)
     return {name: _reduce(score, world) for name, score in scores.items()}
+
+
+def _checksum(index: ShardIndex, ids_B: np.ndarray, labels_B: np.ndarray) -> int:
+    """Sum modulo 2^64 of a hash of (sample number, crc32 of the image's bytes, label): the same in any order, over any number of ranks."""
+    words_B = index.table["crc32"][ids_B].astype(np.uint64) << np.uint64(32) | labels_B.astype(np.uint64)
+    # A step of splitmix64 (Vigna) for each word: neighbouring numbers give unrelated hashes.
+    return int(np.add.reduce(_mixed(_mixed(ids_B.astype(np.uint64)) ^ words_B), dtype=np.uint64))
+
+
+def _mixed(words_B: np.ndarray) -> np.ndarray:
+    words_B = words_B + np.uint64(0x9E3779B97F4A7C15)
+    words_B = (words_B ^ (words_B >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words_B = (words_B ^ (words_B >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words_B ^ (words_B >> np.uint64(31))
+
+
+def _same_images(checksum: int, index: ShardIndex) -> None:
+    """What all ranks have seen, against what the index of each of them says. `ShardIndex.read` has checked the bytes by their crc32."""
+    expected = _checksum(index, np.arange(index.num_samples), index.labels_N)
+    parts = gather_object((checksum, expected))
+    total = sum(part for part, _ in parts) % 2**64
+    wrong = [rank for rank, (_, theirs) in enumerate(parts) if theirs != total]
+    if wrong:
+        raise RuntimeError(
+            f"evaluation saw every sample once, but other images or labels than the index says (checksum {total:016x}; the index of rank "
+            f"{wrong[0]} gives {parts[wrong[0]][1]:016x}); do all ranks read the same copy of {index.folder}?"
+        )
 
 
 def _add_batch(score: Score, logits_BV: Tensor, stats: Mapping[int, RoutingStats], labels_B: Tensor, ids_B: Tensor) -> None:

@@ -8,90 +8,36 @@ that a job for each of them would give.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
-from m2mkd_ds.config import ConfigError, PhaseConfig
-from m2mkd_ds.data.plan import positions
-from m2mkd_ds.distributed.engine import Engine
-from m2mkd_ds.distributed.world import World, all_reduce_sum, barrier, broadcast_object
+from m2mkd_ds.data.bad_samples import BadSample
+from m2mkd_ds.distributed.world import World, all_reduce_sum
 from m2mkd_ds.logs import MetricsWriter, Progress, logger
-from m2mkd_ds.moe.routers import LinearRouter
 from m2mkd_ds.moe.telemetry import load_metrics
-from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
-from m2mkd_ds.train.balance import Loads, add_loads, balance_routers, biased_routers
-from m2mkd_ds.train.evaluate import Score
+from m2mkd_ds.teacher.feed import BatchRequest, TeacherFeed
+from m2mkd_ds.train.bad_samples import FILE_NAME, BadSampleList
+from m2mkd_ds.train.balance import Loads, add_loads, balance_routers
+from m2mkd_ds.train.job import Job, Trainee
+from m2mkd_ds.train.resume import resume, save
 from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
-from m2mkd_ds.train.steps import StepOutput
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss or gradient became NaN or infinite; the message names trainee, step and the slots of the micro-batch."""
 
 
-@dataclass
-class Trainee:
-    """One module in training."""
-
-    name: str
-    """For logs: `end_to_end`, `m2mkd pair 2`."""
-    pair: int
-    """Teaching pair; 0 for whole models, whose input is the image as for pair 0."""
-    folder: Path
-    engine: Engine
-    step_fn: Callable[[TeacherBatch, bool], StepOutput]
-    """(batch, log) -> loss and metrics, through `engine`."""
-    fingerprint: str
-    """Of the node; a checkpoint made for another one is not resumed."""
-    average: nn.Module | None = None
-    """With ema_decay: a second module of the same shape, into which the averaged weights are put for evaluation."""
-    step: int = 0
-    """Optimizer steps done."""
-    metrics: MetricsWriter | None = None
-    pending: dict[str, Any] = field(default_factory=dict)
-    """Metrics of the current step, written at its end."""
-    routers: dict[int, LinearRouter] = field(init=False)
-    """Routers with a balance bias by block, which the loop moves after every step; none without balance_rate."""
-
-    def __post_init__(self) -> None:
-        self.routers = biased_routers(self.engine.module)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything the loop needs."""
-
-    phase_name: str
-    phase: PhaseConfig
-    world: World
-    seed: int
-    total_steps: int
-    num_images: int
-    trainees: list[Trainee]
-    make_feed: Callable[[int], TeacherFeed]
-    """start step -> feed that answers from there on."""
-    evaluate: Callable[[list[Trainee]], dict[str, Score]]
-    """Scores on the validation set by trainee name."""
-    with_teacher: bool
-    tensorboard: bool = False
-
-    @property
-    def global_batch_size(self) -> int:
-        return self.phase.micro_batch_size * self.phase.gradient_accumulation_steps * self.world.size
-
-
 def train(job: Job) -> None:
-    """Run the job to its last step. Resumes by itself from each trainee's newest good checkpoint."""
+    """Run the job to its last step. Resumes by itself from each trainee's newest good checkpoint.
+
+    Raises, on every rank at the same step, NonFiniteLossError, or BadDataError past the cap of damaged samples; ConfigError for a
+    checkpoint of other data or of another global batch.
+    """
     for trainee in job.trainees:
-        _resume(trainee, job)
+        resume(trainee, job)
     start = min(trainee.step for trainee in job.trainees)
     if start == job.total_steps:
         return
@@ -100,17 +46,21 @@ def train(job: Job) -> None:
         trainee.metrics = MetricsWriter(trainee.folder / "metrics.jsonl", resume_step=trainee.step)
         if job.tensorboard:
             trainee.metrics.attach_tensorboard(trainee.folder / "tensorboard")
+    bad = BadSampleList(job.folder / FILE_NAME, cap=job.max_bad_samples, world=job.world, what=job.phase_name, start_step=start)
     feed = job.make_feed(start)
     try:
-        _run_steps(job, feed, start)
+        _run_steps(job, feed, start, bad)
+        if bad.total:
+            logger.warning("%s: %d damaged samples were replaced (%s); list: %s", job.phase_name, bad.total, bad.summary(), bad.file)
     finally:
         feed.close()
+        bad.close()
         for trainee in job.trainees:
             if trainee.metrics is not None:
                 trainee.metrics.close()
 
 
-def _run_steps(job: Job, feed: TeacherFeed, start: int) -> None:
+def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> None:
     eval_every = _steps_between_evaluations(job)
     began = clock = time.monotonic()
     since_log = 0
@@ -119,13 +69,14 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int) -> None:
             # A trainee that was trained further elsewhere waits until the others have caught up.
             active = [trainee for trainee in job.trainees if trainee.step == step]
             log = step % job.phase.log_steps == 0 or step + 1 == job.total_steps
-            _train_step(job, feed, active, step, log)
+            _train_step(job, feed, active, step, log, bad)
             since_log += job.global_batch_size
             if log:
                 now = time.monotonic()
                 for trainee in active:
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
                     trainee.pending.update(lr=_learning_rate(job, step), images_per_second=since_log / (now - clock), time_s=now - began)
+                    trainee.pending["data/bad_samples"] = bad.total
                 clock, since_log = now, 0
             done = step + 1
             if done == job.total_steps or (eval_every and done % eval_every == 0):
@@ -135,24 +86,23 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int) -> None:
                 if trainee.metrics is not None and trainee.pending:
                     trainee.metrics.write({"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending})
                 if done % job.phase.checkpoint_steps == 0 or done == job.total_steps:
-                    _save(trainee, job)
+                    save(trainee, job)
             bar.advance(note=_note(active))
 
 
-def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool) -> None:
-    """One optimizer step of every active trainee: accumulate micro-batches, agree that all losses are finite, step."""
-    phase, world = job.phase, job.world
+def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList) -> None:
+    """One optimizer step of every active trainee: accumulate micro-batches, agree that all losses are finite and the data good, step."""
+    phase, world, layout = job.phase, job.world, job.layout
     lr = _learning_rate(job, step)
+    found: list[BadSample] = []
     losses: list[tuple[str, range, Tensor]] = []
     loads: dict[str, Loads] = {trainee.name: {} for trainee in active if trainee.routers}
     for micro_step in range(phase.gradient_accumulation_steps):
         last = micro_step + 1 == phase.gradient_accumulation_steps
-        slots = positions(
-            step, micro_step, world.rank,
-            micro_batch_size=phase.micro_batch_size, accumulation=phase.gradient_accumulation_steps, world=world.size,
-        )  # fmt: skip
+        slots = layout.positions(step, micro_step, world.rank)
         request = BatchRequest(step, micro_step, slots, tuple(t.pair for t in active), job.with_teacher)
         batch = feed.batch(request)
+        found += batch.bad
         for trainee in active:
             seed_micro_batch(job.seed, job.phase_name, trainee.pair, slots.start)
             output = trainee.step_fn(batch, log and last)
@@ -162,7 +112,7 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
             if trainee.routers:
                 loads[trainee.name] = add_loads(loads[trainee.name], output.load)
         if last:
-            _stop_if_not_finite(losses, step, world)
+            _agree(losses, found, step, world, bad)
         for trainee in active:
             grad_norm = trainee.engine.step(lr)
             if last:
@@ -195,16 +145,21 @@ def _after_optimizer_step(trainee: Trainee, step: int, grad_norm: float | None) 
     trainee.step = step + 1
 
 
-def _stop_if_not_finite(losses: list[tuple[str, range, Tensor]], step: int, world: World) -> None:
-    """Every rank raises before the optimizer step when any rank saw a NaN or infinite loss (trainee, slots, loss)."""
+def _agree(losses: list[tuple[str, range, Tensor]], found: list[BadSample], step: int, world: World, bad: BadSampleList) -> None:
+    """Before the optimizer step, in one sum over the ranks: did any see a NaN or infinite loss (trainee, slots, loss), or damaged
+    samples? Then every rank raises, or records them."""
     bad_losses = ~torch.isfinite(torch.stack([loss for _, _, loss in losses]))
-    if int(all_reduce_sum(bad_losses.sum().to(world.device))):  # the step's one host sync
-        bad: dict[str, list[int]] = {}
+    counts = torch.stack([bad_losses.sum(), torch.full_like(bad_losses[0], len(found), dtype=torch.int64)])
+    not_finite, damaged = all_reduce_sum(counts.to(world.device)).tolist()  # the step's one host sync
+    if damaged:
+        bad.add(step + 1, found)
+    if not_finite:
+        here: dict[str, list[int]] = {}
         for (name, slots, _), is_bad in zip(losses, bad_losses.tolist(), strict=True):
             if is_bad:
-                bad.setdefault(name, []).extend(slots)
-        here = "; ".join(f"{name}: slots {slots}" for name, slots in bad.items()) or "on another rank"
-        raise NonFiniteLossError(f"loss is NaN or infinite at step {step} ({here}); no weight was changed in this step")
+                here.setdefault(name, []).extend(slots)
+        where = "; ".join(f"{name}: slots {slots}" for name, slots in here.items()) or "on another rank"
+        raise NonFiniteLossError(f"loss is NaN or infinite at step {step} ({where}); no weight was changed in this step")
 
 
 def seed_micro_batch(seed: int, phase: str, pair: int, first_slot: int) -> None:
@@ -234,47 +189,6 @@ def _evaluate(job: Job, active: list[Trainee]) -> None:
         trainee = next(t for t in active if t.name == name)
         trainee.pending.update({"eval/top1": score.top1, "eval/loss": score.loss_sum / score.images})
         logger.info("%s: step %d, top-1 %.2f %%", name, trainee.step, 100 * score.top1)
-
-
-def _save(trainee: Trainee, job: Job) -> None:
-    def write(folder: Path) -> None:
-        trainee.engine.save(folder)
-
-    record = {"step": trainee.step, "fingerprint": trainee.fingerprint, "global_batch_size": job.global_batch_size}
-    root = trainee.folder / "checkpoints"
-    commit_checkpoint(root, trainee.step, write, record, is_main=job.world.rank == 0, barrier=barrier)
-
-
-def _resume(trainee: Trainee, job: Job) -> None:
-    """Go on from the newest checkpoint that verifies and belongs to this very node."""
-    # Verifying reads every byte: once, on rank 0, and not by every rank.
-    found = broadcast_object(latest_checkpoint(trainee.folder / "checkpoints") if job.world.is_main else None)
-    if found is None:
-        return
-    folder, record = found
-    if record["fingerprint"] != trainee.fingerprint:
-        logger.warning("%s: %s was made for another configuration or other inputs; starting from step 0", trainee.name, folder)
-        _set_aside(folder.parent, job.world)
-        return
-    if record["global_batch_size"] != job.global_batch_size:
-        raise ConfigError(
-            f"{folder} was made with a global batch of {record['global_batch_size']} and this launch has {job.global_batch_size}: launch "
-            f"with as many ranks as before, or delete {folder.parent} to start the phase again"
-        )
-    trainee.engine.load(folder)
-    trainee.step = int(record["step"])
-    logger.info("%s: resumed from step %d", trainee.name, trainee.step)
-
-
-def _set_aside(checkpoints: Path, world: World) -> None:
-    """Rename outdated checkpoints, so that nothing is lost and none of them is taken for one of this run."""
-    barrier()  # every rank has read the record by now
-    if world.rank == 0:
-        aside = checkpoints.with_name("checkpoints.outdated")
-        if aside.exists():
-            shutil.rmtree(aside)
-        checkpoints.rename(aside)
-    barrier()
 
 
 def _announce(job: Job, start: int) -> None:

@@ -2,7 +2,8 @@
 
 A node is *complete* when RUN/<node>/done.json was written (last, atomically), its files are there, and its fingerprint
 is unchanged. The fingerprint covers the config fields that can change the result, the content of the data, and the
-sha256 of every input file; where the run folder lies and how many ranks ran it are not part of it.
+sha256 of every input file; where the run folder lies, how many ranks ran it and how the batch was dealt to them (`batch.py`) are not
+part of it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,19 @@ from typing import Any
 from m2mkd_ds import __version__
 from m2mkd_ds.checkpoint.store import file_sha256, read_json, write_json_atomic
 from m2mkd_ds.config import ConfigError, RunConfig, to_dict
+from m2mkd_ds.train.batch import batch_change, expected_ranks, images_need_micro_batch, is_layout
 
-LAYOUT = "student.keep_stitches"
+ASSEMBLY = "student.keep_stitches"
 """Decides how modules are put together, not how they are trained."""
+
+ACCESS = tuple(
+    f"data.{key}"
+    for key in (
+        "train", "validation", "source", "num_workers", "cache_dir", "cache_gb", "look_ahead", "io_deadline_s", "allow_pipe",
+        "max_bad_samples",
+    )
+)  # fmt: skip
+"""Where the shards lie, how they were made and how they are read do not change a pixel."""
 
 STEPS_OF_M2MKD = tuple(
     f"m2mkd.{key}"
@@ -71,14 +82,14 @@ def build_dag(config: RunConfig) -> tuple[Node, ...]:
         )
     )
     student_fields = ("seed", "data", "student")
-    control = Node("baseline", (), (*student_fields, *STEPS_OF_M2MKD, "end_to_end"), launched=True, without=(LAYOUT,))
+    control = Node("baseline", (), (*student_fields, *STEPS_OF_M2MKD, "end_to_end"), launched=True, without=(ASSEMBLY,))
     baseline = (control,) if config.baseline else ()
     evaluated = ("pretrain_meta", "split", "m2mkd", "assemble", "end_to_end", *(n.name for n in baseline))
     return (
         *teacher_nodes,
         Node(
             "m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd"), launched=True, per_pair=True,
-            without=(LAYOUT,),
+            without=(ASSEMBLY,),
         ),
         Node("assemble", ("m2mkd",), ("student", "teacher.depths"), reads_data=False),
         Node("end_to_end", ("assemble",), (*student_fields, "end_to_end"), launched=True),
@@ -99,6 +110,25 @@ def find_node(config: RunConfig, name: str) -> Node:
 
 def relevant_config(config: RunConfig, node: Node) -> dict[str, Any]:
     """The part of the config that the node's result depends on, as {dotted field: value}."""
+    picked = _picked(config, node)
+    for path in (*ACCESS, *node.without):
+        picked.pop(path, None)
+    # A file counts by its content (see `fingerprint`), wherever it lies, and only where it is used.
+    if config.teacher.source == "incubate" or reads_teacher_file(config):
+        picked.pop("teacher.weights", None)
+    for path in [p for p in picked if p.endswith((".log_steps", ".checkpoint_steps", ".eval_epochs"))]:
+        picked.pop(path)
+    kept = ".micro_batch_size" if images_need_micro_batch(config.data.augment) else ()
+    return {path: value for path, value in picked.items() if not is_layout(path) or path.endswith(kept)}
+
+
+def relevant_layout(config: RunConfig, node: Node) -> dict[str, Any]:
+    """The layout fields of the phases that the node's result depends on, as {dotted field: value}; empty for nodes that train nothing."""
+    return {path: value for path, value in _picked(config, node).items() if is_layout(path)}
+
+
+def _picked(config: RunConfig, node: Node) -> dict[str, Any]:
+    """All of `node.fields`, flat."""
     tree = to_dict(config)
     picked = {}
     for path in node.fields:
@@ -106,14 +136,6 @@ def relevant_config(config: RunConfig, node: Node) -> dict[str, Any]:
         for part in path.split("."):
             value = value[part]
         picked.update(_flatten(path, value))
-    # Where the shards lie, how they were made and how many workers read them do not change a pixel.
-    for path in ("data.train", "data.validation", "data.source", "data.num_workers", *node.without):
-        picked.pop(path, None)
-    # A file counts by its content (see `fingerprint`), wherever it lies, and only where it is used.
-    if config.teacher.source == "incubate" or reads_teacher_file(config):
-        picked.pop("teacher.weights", None)
-    for path in [p for p in picked if p.endswith((".log_steps", ".checkpoint_steps", ".eval_epochs"))]:
-        picked.pop(path)
     return picked
 
 
@@ -163,10 +185,12 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def is_done(folder: Path, print_: str) -> bool:
-    """Whether the folder holds a finished result for the fingerprint `print_`."""
+def is_done(folder: Path, node: Node, config: RunConfig, print_: str, ranks: int) -> bool:
+    """Whether the folder holds a finished result for the fingerprint `print_` and the batch that a job of `ranks` ranks would use."""
     done = read_done(folder)
-    return done is not None and done["fingerprint"] == print_ and not missing_files(folder, done)
+    if done is None or done["fingerprint"] != print_ or missing_files(folder, done):
+        return False
+    return not batch_change(done, relevant_layout(config, node), ranks)
 
 
 def missing_files(folder: Path, done: Mapping[str, Any]) -> list[str]:
@@ -188,6 +212,7 @@ def write_done(folder: Path, node: Node, config: RunConfig, print_: str, files: 
         "node": node.name,
         "fingerprint": print_,
         "config": relevant_config(config, node),
+        "layout": relevant_layout(config, node),
         "inputs": list(node.inputs),
         "files": {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(files)},
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -225,6 +250,7 @@ def node_state(config: RunConfig, node: Node, root: Path, data_fingerprints: Map
         if read_done(root / name) is None:
             return NodeState(False, f"its input {name} is not done")
     changed = describe_change(done["config"], relevant_config(config, node))
+    changed = changed or batch_change(done, relevant_layout(config, node), expected_ranks(config.launch))
     if changed:
         return NodeState(False, changed)
     gone = missing_files(folder, done)

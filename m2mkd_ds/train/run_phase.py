@@ -17,7 +17,8 @@ from m2mkd_ds.logs import format_seconds, logger, setup_logging
 from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.evaluate_run import evaluate_run
-from m2mkd_ds.train.loop import Job, train
+from m2mkd_ds.train.job import Job
+from m2mkd_ds.train.loop import train
 from m2mkd_ds.train.nodes import Node, find_node, fingerprint, is_done
 from m2mkd_ds.train.phases import end_to_end, m2mkd, prepare
 from m2mkd_ds.train.phases.finish import finish_node, finish_trainee, unfinished_pairs
@@ -67,7 +68,7 @@ def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all")
     print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
     started = time.monotonic()
     # Rank 0 looks for all: another rank might look when rank 0 has finished the node already, and leave it out.
-    if broadcast_object(is_done(ctx.root / name, print_)):
+    if broadcast_object(is_done(ctx.root / name, node, config, print_, world.size)):
         logger.info("%s: complete, nothing to do", name)
         return
     if name in PAIR_PHASES:

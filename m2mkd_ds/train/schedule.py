@@ -40,7 +40,10 @@ def scaled_lr(phase: PhaseConfig, global_batch: int) -> float:
 
 
 def num_steps(phase: PhaseConfig, num_images: int, global_batch: int) -> int:
-    """Optimizer steps of the phase: round(epochs * images / global batch), at least 1, at most `max_steps` if that is set."""
+    """Optimizer steps of the phase: round(epochs * images / global batch), at least 1, at most `max_steps` if that is set.
+
+    `num_images` is the number of images in the shards, also with `data.augment.repeats`: an epoch is as many *uses* as there are images.
+    """
     steps = max(1, round(phase.epochs * num_images / global_batch))
     return min(steps, phase.max_steps) if phase.max_steps else steps
 

@@ -58,6 +58,19 @@ def test_a_finished_run_gives_every_part(run_dir: Path) -> None:
     assert {name.removesuffix(".svg") for name in re.findall(r"\]\((\w+\.svg)\)", markdown)} == FIGURES
 
 
+def test_damaged_training_images_are_counted_and_a_clean_run_has_no_such_part(run_dir: Path) -> None:
+    folder = build_report(run_dir).parent
+    assert all("Damaged training images" not in (folder / name).read_text() for name in ("report.html", "report.md"))
+    # sample 7 twice, in two epochs, and sample 9 once
+    lines = [{"step": step, "sample": sample, "kind": kind} for step, sample, kind in ((1, 7, "io"), (2, 9, "checksum"), (8, 7, "io"))]
+    (run_dir / "m2mkd" / "bad_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build_report(run_dir)
+    assert "| m2mkd/bad\\_samples.jsonl | 2 | 3 | checksum 1, io 1 |" in (folder / "report.md").read_text()
+    assert "<td>checksum 1, io 1</td>" in (folder / "report.html").read_text()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["bad_samples"] == {"m2mkd/bad_samples.jsonl": {"images": 2, "uses": 3, "kinds": {"checksum": 1, "io": 1}}}
+
+
 def test_the_routers_settings_and_drops_are_told(run_dir: Path) -> None:
     config = (run_dir / "config.yaml").read_text()
     changed = config.replace("capacity_factor: 0.0", "capacity_factor: 1.25", 1).replace("balance_rate: 0.0", "balance_rate: 0.001")

@@ -78,17 +78,29 @@ def full_disk(out: Path, shards: Path, sizes: dict[str, int]) -> dict[str, Any]:
         return {"mounted": mounted, "error": error, "left": left, "again": again, "then": files(run / PHASE)}
 
 
-def foreign_checkpoint(out: Path, shards: Path) -> str:
-    """A checkpoint of this very phase that a launch with four times as many ranks left."""
-    config = config_for(out / "foreign", shards)
-    ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
-    record = {"fingerprint": fingerprint(config, find_node(config, PHASE), ctx.root, ctx.data_fingerprints), "global_batch_size": 64}
+def foreign_checkpoints(out: Path, shards: Path) -> dict[str, str]:
+    """What a phase says to checkpoints of step 1: of another batch, seed, order, data; with a wrong position; and of other settings."""
+    seen = {}
+    for name, batch, stream in (
+        ("batch", 64, {}),
+        ("seed", 16, {"seed": 5}),
+        ("order", 16, {"order": "block/16"}),
+        ("fingerprint", 16, {"fingerprint": "of other images"}),
+        ("position", 16, {"position": 17}),
+        ("settings", 16, {}),
+    ):
+        config = config_for(out / f"foreign_{name}", shards)
+        ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
+        print_ = fingerprint(config, find_node(config, PHASE), ctx.root, ctx.data_fingerprints) if name == "batch" else "of other settings"
+        own = {"seed": 0, "fingerprint": ctx.train_index.fingerprint, "order": "global", "position": batch, "version": 1}
+        record = {"step": 1, "fingerprint": print_, "global_batch_size": batch, "stream": own | stream}
 
-    def write(folder: Path) -> None:
-        (folder / "state.pt").write_bytes(b"never read")
+        def write(folder: Path) -> None:
+            (folder / "state.pt").write_bytes(b"never read")
 
-    commit_checkpoint(ctx.root / PHASE / "checkpoints", 1, write, {"step": 1, **record}, is_main=True, barrier=lambda: None)
-    return attempt(config, PHASE)
+        commit_checkpoint(ctx.root / PHASE / "checkpoints", 1, write, record, is_main=True, barrier=lambda: None)
+        seen[name] = attempt(config, PHASE)
+    return seen
 
 
 def main() -> None:
@@ -99,7 +111,8 @@ def main() -> None:
     results["files"] = files(out / "good" / PHASE)
     results["missing_input"] = attempt(config_for(out / "new", shards), "m2mkd")
     results["new"] = files(out / "new") if (out / "new").exists() else {}
-    results["foreign"] = foreign_checkpoint(out, shards)
+    results["foreign"] = foreign_checkpoints(out, shards)
+    results["aside"] = files(out / "foreign_settings" / PHASE)
     results["full"] = full_disk(out, shards, results["files"])
     results["done"] = json.loads((out / "good" / PHASE / "done.json").read_text())
     (out / "results.json").write_text(json.dumps(results))

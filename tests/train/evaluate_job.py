@@ -1,6 +1,6 @@
 """What test_train_evaluate.py runs in three processes: the exact evaluation in jobs of one, two and three ranks (gloo, no launcher).
 
-    python evaluate_job.py OUT      OUT/small and OUT/large hold shards; writes OUT/results.json
+    python evaluate_job.py OUT      OUT/small, OUT/large and OUT/copy (of large, one image differs) hold shards; writes OUT/results.json
 Image i is one grey value g(i), and the models look logits up in a table by that value: so what they answer is known without
 running any of the code that decodes, batches and counts.
 """
@@ -60,11 +60,15 @@ def together(grey_B: Tensor, num_classes: int) -> Output:
 
 
 class Tampered:
-    """A loader that repeats one batch, or leaves its last one out."""
+    """A loader that repeats one batch, leaves its last one out, gives one image another label, or has another copy of the shards."""
 
-    def __init__(self, loader: EvalLoader, what: str) -> None:
+    def __init__(self, loader: EvalLoader, what: str, copy: Path) -> None:
         batches = list(loader)
-        self.batches = [*batches, batches[0]] if what == "repeat" else batches[:-1]
+        self.index = ShardIndex.load(copy) if what == "copy" else loader.index
+        if what == "label":
+            labels_B = batches[-1].labels_B
+            labels_B[0] = (labels_B[0] + 1) % loader.index.num_classes
+        self.batches = [*batches, batches[0]] if what == "repeat" else batches[:-1] if what == "drop" else batches
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -84,7 +88,7 @@ def scores(folder: Path, world: World, tamper: str = "", *, in_step: bool = Fals
     data = DataConfig(num_classes=index.num_classes, image_size=8, mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1.0, num_workers=0)
     loader: Any = EvalLoader(index, data, batch_size=BATCH, rank=world.rank, world=world.size)
     if tamper and world.rank == world.size - 1:
-        loader = Tampered(loader, tamper)
+        loader = Tampered(loader, tamper, folder.with_name("copy"))
     chosen = {"together": together} if in_step else {"dense": dense, "sparse": sparse}
     models = {name: (lambda g, f=f: f(g, index.num_classes)) for name, f in chosen.items()}
     found = evaluate(grey_values, models, loader, world, num_images=index.num_samples, dtype=torch.float32, in_step=in_step)
@@ -102,7 +106,7 @@ def rank_main(rank: int, out: Path) -> None:
         for name in ("large", "small"):
             results[f"{name}_{size}"] = scores(out / name, world)
             results[f"in_step_{name}_{size}"] = scores(out / name, world, in_step=True)
-        for tamper in ("repeat", "drop"):
+        for tamper in ("repeat", "drop", "label", "copy"):
             try:
                 scores(out / "large", world, tamper)
                 results[f"{tamper}_{size}"] = "no error"

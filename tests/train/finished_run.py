@@ -20,13 +20,15 @@ def tiny_config(root: Path, shards: Path, *overrides: str, recipe: str = "tiny")
     return apply_overrides(replace(base, run_dir=str(root), data=data), list(overrides))
 
 
-def finish(config: RunConfig, root: Path, name: str, data: Mapping[str, str] = DATA, *, content: str | None = None) -> None:
-    """Finish one node: its file holds `content` (default: the node's name)."""
+def finish(
+    config: RunConfig, root: Path, name: str, data: Mapping[str, str] = DATA, *, content: str | None = None, world_size: int = 2
+) -> None:
+    """Finish one node on so many ranks: its file holds `content` (default: the node's name)."""
     node = find_node(config, name)
     file = root / name / "output.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(name if content is None else content)
-    write_done(root / name, node, config, fingerprint(config, node, root, data), [file], wall_s=1.0)
+    write_done(root / name, node, config, fingerprint(config, node, root, data), [file], wall_s=1.0, world_size=world_size)
 
 
 def finish_all(config: RunConfig, root: Path, data: Mapping[str, str] = DATA) -> None:

@@ -159,7 +159,32 @@ def test_a_phase_whose_input_is_missing_says_what_to_run(results: dict[str, Any]
 
 
 def test_a_checkpoint_of_another_global_batch_is_not_resumed(results: dict[str, Any]) -> None:
-    assert "was made with a global batch of 64 and this launch has 16: launch with as many ranks as before, or delete" in results["foreign"]
+    message = results["foreign"]["batch"]
+    assert (
+        "was made with a global batch of 64 and this launch has 16 = pretrain_meta.micro_batch_size 16 x "
+        "pretrain_meta.gradient_accumulation_steps 1 x 1 ranks: make the product 64 (--set pretrain_meta.gradient_accumulation_steps=4 "
+        "or launch with 4 ranks), or delete "
+    ) in message
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs", "ours"), [("seed", "5", "0"), ("order", "block/16", "global"), ("position", "17", "16")]
+)  # fmt: skip
+def test_a_checkpoint_of_another_stream_stops_the_phase_with_both_values(
+    results: dict[str, Any], field: str, theirs: str, ours: str
+) -> None:
+    # step 1 of 16 images: the next position is 16
+    assert f"its data stream has {field} {theirs}, this run has {ours}; give the run the data" in results["foreign"][field]
+
+
+def test_a_checkpoint_of_other_images_stops_the_phase_with_both_fingerprints(results: dict[str, Any], digits_shards: Path) -> None:
+    ours = json.loads((digits_shards / "train" / "index.json").read_text())["fingerprint"]
+    assert f"its data stream has fingerprint of other images, this run has {ours}" in results["foreign"]["fingerprint"]
+
+
+def test_a_checkpoint_of_other_settings_on_the_same_stream_is_set_aside(results: dict[str, Any]) -> None:
+    assert results["foreign"]["settings"] == ""
+    assert {"checkpoints.outdated/step-00000001/state.pt", "weights.safetensors", "done.json"} <= results["aside"].keys()
 
 
 def test_a_full_disk_at_the_end_of_a_phase_leaves_no_result(results: dict[str, Any]) -> None:

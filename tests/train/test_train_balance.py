@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from m2mkd_ds.config import PhaseConfig, RouterConfig
+from m2mkd_ds.data.plan import StreamState
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
@@ -21,6 +22,7 @@ from m2mkd_ds.models.vmoe import VisionMoE, VMoEArch
 from m2mkd_ds.moe.routers import make_router
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
+from m2mkd_ds.train.bad_samples import BadSampleList
 from m2mkd_ds.train.balance import add_loads, balance_routers, biased_routers
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.steps import supervised_step
@@ -65,8 +67,10 @@ def one_step(world: World, folder: Path, accumulation: int, precision: str = "fp
     job = loop.Job(
         phase_name="end_to_end", phase=phase, world=world, seed=0, total_steps=2, num_images=8, trainees=[trainee],
         make_feed=lambda start: cast(Any, Feed()), evaluate=lambda trainees: {}, with_teacher=False,
+        folder=folder, stream=StreamState(seed=0, fingerprint="", order="global", position=0), max_bad_samples=0,
     )  # fmt: skip
-    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True)
+    bad = BadSampleList(folder / "bad_samples.jsonl", cap=0, world=world, what="end_to_end", start_step=0)
+    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True, bad)
     return model, trainee
 
 

@@ -119,8 +119,11 @@ def grey(number: int) -> int:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every rank found in jobs of 1, 2 and 3 ranks; all ranks must have found the same."""
     out = tmp_path_factory.mktemp("evaluate")
-    for name, (images, classes) in (("large", LARGE), ("small", SMALL)):
-        samples = [(encode_png(np.full((8, 8), grey(i), np.uint8)), "png", i % classes, f"image-{i}") for i in range(images)]
+    for name, (images, classes) in (("large", LARGE), ("small", SMALL), ("copy", LARGE)):
+        shade = {22: 1} if name == "copy" else {}  # the last image of the copy is a little brighter
+        samples = [
+            (encode_png(np.full((8, 8), grey(i) + shade.get(i, 0), np.uint8)), "png", i % classes, f"image-{i}") for i in range(images)
+        ]
         write_shards(
             samples, out / name, total=images, class_names=[str(c) for c in range(classes)], source="test", license="none",
             samples_per_shard=10,
@@ -128,7 +131,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     subprocess.run([sys.executable, str(evaluate_job.__file__), str(out)], check=True, timeout=240)
     by_rank = [json.loads((out / f"results_{rank}.json").read_text()) for rank in range(max(WORLDS))]
     for own in by_rank[1:]:
-        assert all(by_rank[0][key] == value for key, value in own.items() if not key.startswith(("repeat", "drop")))
+        assert all(by_rank[0][key] == value for key, value in own.items() if not key.startswith(("repeat", "drop", "label", "copy")))
     for name in ("large", "small"):
         index = ShardIndex.load(out / name)
         by_rank[0][name] = [(int(index.read(i)[2].split("-")[1]), index.read(i)[1]) for i in range(index.num_samples)]
@@ -183,3 +186,14 @@ def test_an_image_seen_twice_or_never_is_an_error(results: dict[str, Any], tampe
     seen = int(message.split()[2])
     assert message.startswith("evaluation saw ") and "of 23; samples not seen exactly once: [" in message
     assert seen > 23 if count == "more" else seen < 23
+
+
+@pytest.mark.parametrize("size", WORLDS)
+@pytest.mark.parametrize("tamper", ["label", "copy"])
+def test_ranks_that_mean_other_images_or_labels_by_the_same_numbers_are_an_error(results: dict[str, Any], tamper: str, size: int) -> None:
+    # Counting alone would not see it: every number comes once. A job of one rank that has the copy only agrees with itself.
+    message = results[f"{tamper}_{size}"]
+    if tamper == "copy" and size == 1:
+        assert message == "no error"
+    else:
+        assert message.startswith("evaluation saw every sample once, but other images or labels than the index says (checksum ")

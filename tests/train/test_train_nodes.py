@@ -15,6 +15,7 @@ from m2mkd_ds.train.nodes import (
     describe_change,
     find_node,
     fingerprint,
+    is_done,
     node_state,
     output_hashes,
     read_done,
@@ -47,7 +48,9 @@ def nodes_that_see(*overrides: str) -> set[str]:
         ("m2mkd.lr=1e-4", {"m2mkd", "baseline"}),  # the control starts from fresh weights too, with the same learning rate
         ("distill.kd_weight=0", {"m2mkd"}),
         ("m2mkd.epochs=7", {"m2mkd", "baseline"}),  # the control takes as many steps as m2mkd and end_to_end
-        ("m2mkd.micro_batch_size=8", {"m2mkd", "baseline"}),
+        ("data.decode=fast", TRAINED | {"evaluate", "export"}),
+        ("data.order=block", TRAINED | {"evaluate", "export"}),
+        ("data.augment.repeats=3", TRAINED | {"evaluate", "export"}),
         ("end_to_end.lr=1e-4", {"end_to_end", "baseline"}),
         ("student.moe.num_experts=5", STUDENT),
         ("student.keep_stitches=true", STUDENT - {"m2mkd", "baseline"}),
@@ -68,11 +71,23 @@ def test_a_field_changes_exactly_the_nodes_that_it_matters_to(override: str, exp
     [
         "run_dir=/elsewhere", "data.train=/elsewhere/train", "data.validation=/elsewhere/validation", "data.source=", "data.num_workers=3",
         "m2mkd.log_steps=7", "m2mkd.checkpoint_steps=7", "end_to_end.eval_epochs=1", "launch.num_gpus=7", "launch.one_job=false",
-        "tensorboard=true", "teacher.weights=unused.pth", "teacher.feed=colocated",
+        "tensorboard=true", "teacher.weights=unused.pth", "teacher.feed=colocated", "m2mkd.micro_batch_size=8",
+        "m2mkd.gradient_accumulation_steps=2", "end_to_end.ep_size=2", "pretrain_meta.ds_config=zero2", "data.cache_dir=/elsewhere",
+        "data.cache_gb=1", "data.look_ahead=1", "data.io_deadline_s=1", "data.allow_pipe=true", "data.max_bad_samples=7",
     ],
 )  # fmt: skip
 def test_a_field_that_does_not_change_results_changes_no_node(override: str) -> None:
     assert nodes_that_see(override) == set()
+
+
+def test_the_micro_batch_counts_where_whole_micro_batches_are_mixed() -> None:
+    mixed = ["data.augment.mixup=0.8", "data.augment.mix_group=0"]
+    base = apply_overrides(TINY, mixed)
+    other = apply_overrides(TINY, [*mixed, "m2mkd.micro_batch_size=8", "m2mkd.gradient_accumulation_steps=2"])
+    node = find_node(base, "m2mkd")
+    assert describe_change(relevant_config(base, node), relevant_config(other, node)) == "m2mkd.micro_batch_size changed: 16 -> 8"
+    fixed = [apply_overrides(config, ["data.augment.mix_group=2"]) for config in (base, other)]
+    assert relevant_config(fixed[0], node) == relevant_config(fixed[1], node)
 
 
 def test_the_content_of_the_data_counts_where_it_is_read(tmp_path: Path) -> None:
@@ -169,6 +184,43 @@ def test_why_a_node_must_run(tmp_path: Path) -> None:
     assert judge(TINY, tmp_path, "m2mkd") == (False, "its inputs or the data changed")
     (tmp_path / "split" / "done.json").unlink()
     assert judge(TINY, tmp_path, "m2mkd") == (False, "its input split is not done")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        # tiny: 16 images a rank, 2 ranks, so 32 a step
+        ([], ""),
+        (["m2mkd.ds_config=zero2", "m2mkd.ep_size=2"], ""),
+        (["m2mkd.micro_batch_size=8", "m2mkd.gradient_accumulation_steps=2"], ""),
+        (["launch.num_gpus=1", "m2mkd.gradient_accumulation_steps=2"], ""),
+        (["launch.num_gpus=4", "m2mkd.micro_batch_size=8"], ""),
+        (["launch.num_gpus=7"], ""),  # the number of ranks alone was never a setting of the result
+        (["m2mkd.micro_batch_size=8"], "the global batch of m2mkd changed: 16 x 2 ranks = 32 -> 8 x 2 ranks = 16"),
+        (["launch.num_gpus=1", "m2mkd.micro_batch_size=8"], "the global batch of m2mkd changed: 16 x 2 ranks = 32 -> 8 x 1 ranks = 8"),
+        (["launch.num_gpus=0", "m2mkd.micro_batch_size=8"], ""),  # on CPUs: whatever the launcher starts
+        # with a hostfile nobody here knows the ranks: 8 images a rank may be 32 on four of them, 24 cannot
+        (["launch.hostfile=hosts", "m2mkd.micro_batch_size=8"], ""),
+        (
+            ["launch.hostfile=hosts", "m2mkd.micro_batch_size=24"],
+            "the global batch of m2mkd changed: 16 x 2 ranks = 32 -> 24 images a rank and step",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["m2mkd", "baseline"])
+def test_a_finished_node_outlives_another_layout_but_not_another_batch(
+    tmp_path: Path, overrides: list[str], reason: str, name: str
+) -> None:
+    # The control takes as many steps as m2mkd, whose batch counts for it too.
+    finish_all(apply_overrides(TINY, []), tmp_path)
+    changed = apply_overrides(TINY, overrides)
+    complete, why = judge(changed, tmp_path, name)
+    assert complete == (not reason) and (complete or why == reason)
+    # A launched job knows its ranks, and judges alike.
+    node = find_node(changed, name)
+    if changed.launch.num_gpus and not changed.launch.hostfile:
+        print_ = fingerprint(changed, node, tmp_path, DATA)
+        assert is_done(tmp_path / name, node, changed, print_, changed.launch.num_gpus) == (not reason)
 
 
 def test_a_missing_or_truncated_output_file_is_noticed(tmp_path: Path) -> None:

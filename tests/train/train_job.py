@@ -124,10 +124,10 @@ def interrupted(config: RunConfig, world: World, mode: str, phase: str, source: 
     again = start_from(config, world, f"{mode}_interrupted_{phase}", phase, source)
     original = loop._train_step
 
-    def failing(job: loop.Job, feed: object, active: list[loop.Trainee], step: int, log: bool) -> None:
+    def failing(job: loop.Job, feed: object, active: list[loop.Trainee], step: int, *rest: Any) -> None:
         if step == at_step:
             raise KeyboardInterrupt("stopped by the test")
-        original(job, feed, active, step, log)  # type: ignore[arg-type]
+        original(job, feed, active, step, *rest)  # type: ignore[arg-type]
 
     loop._train_step = failing
     try:

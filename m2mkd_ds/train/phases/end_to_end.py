@@ -11,7 +11,7 @@ from m2mkd_ds.distill.assemble import pair_stitches
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.loop import Job
+from m2mkd_ds.train.job import Job
 from m2mkd_ds.train.phases.jobs import global_batch, phase_steps, whole_model_job
 from m2mkd_ds.train.phases.prepare import supervised
 

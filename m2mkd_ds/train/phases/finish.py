@@ -9,7 +9,7 @@ from m2mkd_ds import __version__
 from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.distributed.world import barrier
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.loop import Trainee
+from m2mkd_ds.train.job import Trainee
 from m2mkd_ds.train.nodes import Node, is_done, output_hashes, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.jobs import result_weights
 
@@ -47,7 +47,7 @@ def finish_node(ctx: RunContext, node: Node, print_: str, started: float) -> Non
 def unfinished_pairs(ctx: RunContext, node: Node, print_: str) -> list[int]:
     """Pairs of the node whose result for this fingerprint is not there yet."""
     folder = ctx.root / node.name
-    return [pair.index for pair in ctx.pairs if not is_done(folder / f"pair_{pair.index}", print_)]
+    return [pair.index for pair in ctx.pairs if not is_done(folder / f"pair_{pair.index}", node, ctx.config, print_, ctx.world.size)]
 
 
 def lineage(ctx: RunContext, node: Node, pair: int | None) -> dict[str, str]:

@@ -13,6 +13,8 @@ from torch import nn
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.config import DistillConfig, PhaseConfig
 from m2mkd_ds.data.loader import EvalLoader, TrainLoader
+from m2mkd_ds.data.order import order_name
+from m2mkd_ds.data.plan import BatchLayout, StreamState
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
@@ -20,9 +22,10 @@ from m2mkd_ds.distributed.engine import DeepSpeedEngine, Engine
 from m2mkd_ds.distributed.expert_parallel import has_experts, shard_experts_
 from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.feed import TeacherBatch
+from m2mkd_ds.train.bad_samples import resolve_cap
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.evaluate import Output, Score, evaluate
-from m2mkd_ds.train.loop import Job, Trainee
+from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.schedule import num_steps
@@ -74,6 +77,7 @@ def feed_factory(
             world=ctx.world.size,
             start_step=start_step,
             total_steps=total_steps,
+            device=ctx.world.device,
         )
         return ColocatedFeed(loader, pairs, meta, teachers, device=ctx.world.device, dtype=ctx.dtype(phase.precision))
 
@@ -89,7 +93,7 @@ def run_evaluation(
     in_step: bool = False,
 ) -> dict[str, Score]:
     """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
-    loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size)
+    loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size, device=ctx.world.device)
     return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
 
 
@@ -153,6 +157,9 @@ def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.M
             ctx, trainees, lambda images: images, lambda _, m, x: scored(m)(x), ctx.dtype(phase.precision)
         ),
         with_teacher=False,
+        folder=trainee.folder,
+        stream=stream_start(ctx, phase),
+        max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
     )
 
@@ -201,7 +208,21 @@ def pair_job(
             ctx.dtype(phase.precision),
         ),
         with_teacher=loss.kd_weight > 0,
+        # Jobs of single pairs may run side by side: each has a list of its own then.
+        folder=ctx.root / name if len(pairs) == len(ctx.pairs) else trainees[0].folder,
+        stream=stream_start(ctx, phase),
+        max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
+    )  # fmt: skip
+
+
+def stream_start(ctx: RunContext, phase: PhaseConfig) -> StreamState:
+    """The stream of training images at its first position."""
+    layout = BatchLayout(
+        micro_batch_size=phase.micro_batch_size, accumulation=phase.gradient_accumulation_steps, world=ctx.world.size
+    )  # fmt: skip
+    return StreamState(
+        seed=ctx.config.seed, fingerprint=ctx.train_index.fingerprint, order=order_name(ctx.config.data, layout), position=0
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import stitch_specs
 from m2mkd_ds.models.vmoe import VisionMoE
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_module
-from m2mkd_ds.train.loop import Job
+from m2mkd_ds.train.job import Job
 from m2mkd_ds.train.phases.jobs import pair_job
 
 

@@ -20,7 +20,7 @@ from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vit import build_stage, load_stage, num_blocks, stage_names
 from m2mkd_ds.teacher.feed import TeacherBatch
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
-from m2mkd_ds.train.loop import Job
+from m2mkd_ds.train.job import Job
 from m2mkd_ds.train.phases.jobs import pair_job, whole_model_job
 from m2mkd_ds.train.steps import StepOutput, aligned_step, supervised_step
 

@@ -1,0 +1,93 @@
+"""Checkpoints of a trainee: what its record says, and whether it may be gone on from.
+
+    record = {step, fingerprint (of the node), global_batch_size, stream (data.plan.StreamState at step * global_batch_size)}
+
+Only finished optimizer steps count, so images that workers had read ahead, or that were used in an unfinished step, come again.
+The number of ranks, micro-batch size, accumulation and ZeRO stage are free; the global batch is not, because a step means its images.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
+from m2mkd_ds.config import ConfigError
+from m2mkd_ds.distributed.world import World, barrier, broadcast_object
+from m2mkd_ds.logs import logger
+from m2mkd_ds.train.job import Job, Trainee
+
+
+def save(trainee: Trainee, job: Job) -> None:
+    """Commit a checkpoint of the finished step. Collective."""
+    record = {
+        "step": trainee.step,
+        "fingerprint": trainee.fingerprint,
+        "global_batch_size": job.global_batch_size,
+        "stream": replace(job.stream, position=trainee.step * job.global_batch_size).to_dict(),
+    }
+    root = trainee.folder / "checkpoints"
+    commit_checkpoint(root, trainee.step, trainee.engine.save, record, is_main=job.world.is_main, barrier=barrier)
+
+
+def resume(trainee: Trainee, job: Job) -> None:
+    """Go on from the newest checkpoint that verifies and belongs to this very node; without one, stay at step 0. Collective.
+
+    Raises ConfigError, on every rank, for one that was made on another data stream or with another global batch.
+    """
+    # Verifying reads every byte: once, on rank 0, and not by every rank.
+    found = broadcast_object(latest_checkpoint(trainee.folder / "checkpoints") if job.world.is_main else None)
+    if found is None:
+        return
+    folder, record = found
+    same_node = record["fingerprint"] == trainee.fingerprint
+    if same_node or "stream" in record:  # records without one are older than this check, and of other nodes
+        _check_stream(folder, record, job)
+    if not same_node:
+        logger.warning("%s: %s was made for another configuration or other inputs; starting from step 0", trainee.name, folder)
+        _set_aside(folder.parent, job.world)
+        return
+    if record["global_batch_size"] != job.global_batch_size:
+        raise ConfigError(_other_batch(folder, record["global_batch_size"], job))
+    trainee.engine.load(folder)
+    trainee.step = int(record["step"])
+    logger.info("%s: resumed from step %d", trainee.name, trainee.step)
+
+
+def _check_stream(folder: Path, record: Mapping[str, Any], job: Job) -> None:
+    """Other images, another seed or another order are never a reason to begin again in silence."""
+    ours = replace(job.stream, position=int(record["step"]) * int(record["global_batch_size"]))
+    try:
+        ours.check(record.get("stream", {}), str(folder))
+    except ValueError as err:
+        raise ConfigError(str(err)) from None
+
+
+def _other_batch(folder: Path, batch: int, job: Job) -> str:
+    """What to do when the product of the three factors is another one than the checkpoint's."""
+    # The control run has the batch of end_to_end.
+    owner = "end_to_end" if job.phase_name == "baseline" else job.phase_name
+    layout = job.layout
+    a_step, a_rank = layout.micro_batch_size * layout.world, layout.micro_batch_size * layout.accumulation
+    ways = [f"--set {owner}.gradient_accumulation_steps={batch // a_step}"] if batch % a_step == 0 else []
+    ways += [f"launch with {batch // a_rank} ranks"] if batch % a_rank == 0 else []
+    advice = f" ({' or '.join(ways)})" if ways else ""
+    return (
+        f"{folder} was made with a global batch of {batch} and this launch has {layout.global_batch} = {owner}.micro_batch_size "
+        f"{layout.micro_batch_size} x {owner}.gradient_accumulation_steps {layout.accumulation} x {layout.world} ranks: make the "
+        f"product {batch}{advice}, or delete {folder.parent} to start the phase again"
+    )
+
+
+def _set_aside(checkpoints: Path, world: World) -> None:
+    """Rename outdated checkpoints, so that nothing is lost and none of them is taken for one of this run."""
+    barrier()  # every rank has read the record by now
+    if world.is_main:
+        aside = checkpoints.with_name("checkpoints.outdated")
+        if aside.exists():
+            shutil.rmtree(aside)
+        checkpoints.rename(aside)
+    barrier()
