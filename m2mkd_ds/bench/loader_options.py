@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-Reader = Literal["decode_limit", "raw_read", "pil", "fast", "fast_device", "webdataset", "timm"]
-READERS: tuple[Reader, ...] = ("decode_limit", "raw_read", "pil", "fast", "fast_device", "webdataset", "timm")
+Reader = Literal["decode_limit", "raw_read", "pil", "fast", "fast_device", "webdataset", "timm", "timm_prefetcher"]
+READERS: tuple[Reader, ...] = (
+    "decode_limit", "raw_read", "pil", "fast", "fast_device", "webdataset", "timm", "timm_prefetcher",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +20,7 @@ class LoaderBench:
     images: int = 512
     """Photo-like JPEGs to make, in a temporary folder; a multiple of 8 batches, so that every reader can give whole batches."""
     shards: Path | None = None
-    """A folder of shards on this machine (with index.json) to use instead; the first `images` of them are not singled out: whole
-    batches of the whole folder are read."""
+    """A folder of shards on this machine (with index.json) to read instead, all of it but the rest of the last batch."""
     batch: int = 32
     """Images a batch."""
     image_size: int = 224
@@ -29,7 +30,8 @@ class LoaderBench:
     readers: tuple[Reader, ...] = READERS
     """decode_limit: simplejpeg decodes the whole image, bytes in memory, nothing else. raw_read: our index, bytes in shuffled order.
     pil, fast: our loader with data.decode=pil and fast; fast gives uint8, what comes after it is a GPU's work. fast_device: the same and
-    flip, normalisation on this CPU. webdataset: WebDataset(...).decode("pil") with timm's transform. timm: timm's reader and loader."""
+    flip, normalisation on this CPU. webdataset: WebDataset(...).decode("pil") with timm's transform. timm: timm's reader and loader, float32
+    from the workers. timm_prefetcher: the same with its fast collate, uint8 from the workers, normalised in the main process."""
     augment: bool = False
     """Measure a second recipe, with RandAugment (rand-m9-mstd0.5-inc1), besides random resized crop and flip."""
     repeats: int = 3

@@ -87,7 +87,9 @@ def headline(result: dict[str, Any]) -> str:
     o, shards = result["options"], result["shards"]
     size = shards["image_bytes"]
     images = f"{shards['num_images']} images of {size['min'] // 1000} to {size['max'] // 1000} kB in {shards['num_shards']} shards"
-    return f"{images}, batches of {o['batch']}x3x{o['image_size']}x{o['image_size']}; {result['environment']['cpu']}; {result['wall_s']:.0f} s"
+    return (
+        f"{images}, batches of {o['batch']}x3x{o['image_size']}x{o['image_size']}; {result['environment']['cpu']}; {result['wall_s']:.0f} s"
+    )
 
 
 def by_recipe(rows: Sequence[LoaderRow]) -> list[tuple[str, list[LoaderRow]]]:

@@ -21,8 +21,8 @@ SHUFFLE_BUFFER = 1000
 NOTES = {
     "webdataset": "WebDataset(shards).shuffle(1000).decode('pil'), timm's training transform, .batched(), DataLoader(persistent_workers); "
     "float32 from the workers",
-    "timm": "create_dataset('wds/') and create_loader(use_prefetcher=True, device='cpu'), its fast collate: uint8 from the workers, "
-    "normalised in the main process",
+    "timm": "create_dataset('wds/') and create_loader(use_prefetcher=False); float32 from the workers",
+    "timm_prefetcher": "the same with use_prefetcher=True, device='cpu': fast collate, uint8 from the workers, normalised in the main process",
 }
 
 
@@ -45,8 +45,8 @@ def webdataset_reader(index: ShardIndex, data: DataConfig, batch: int, workers: 
     return Opened(loader, partial(_count, data.image_size))
 
 
-def timm_reader(index: ShardIndex, data: DataConfig, batch: int, workers: int, seed: int) -> Opened:
-    """timm's `wds/` reader with its loader, as its training script uses them."""
+def timm_reader(index: ShardIndex, data: DataConfig, batch: int, workers: int, seed: int, *, use_prefetcher: bool) -> Opened:
+    """timm's `wds/` reader with its loader, as its training script uses them without and with a prefetcher."""
     from timm.data import create_dataset, create_loader
 
     dataset = create_dataset(
@@ -64,13 +64,18 @@ def timm_reader(index: ShardIndex, data: DataConfig, batch: int, workers: int, s
         batch_size=batch,
         is_training=True,
         num_workers=workers,
+        use_prefetcher=use_prefetcher,
         device=torch.device("cpu"),
         **_recipe(data),
     )
     return Opened(loader, partial(_count, data.image_size))
 
 
-READERS: dict[str, Callable[[ShardIndex, DataConfig, int, int, int], Opened]] = {"webdataset": webdataset_reader, "timm": timm_reader}
+READERS: dict[str, Callable[[ShardIndex, DataConfig, int, int, int], Opened]] = {
+    "webdataset": webdataset_reader,
+    "timm": partial(timm_reader, use_prefetcher=False),
+    "timm_prefetcher": partial(timm_reader, use_prefetcher=True),
+}
 
 
 def _recipe(data: DataConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from m2mkd_ds.bench.loader_measure import Pass
 
 FAST_OVER_PEERS, FAST_OF_LIMIT, FAST_OF_LIMIT_GOAL, PIL_OVER_PEERS, RESUME_S = 2.2, 0.8, 0.9, 1.4, 2.0
 """The targets. Rates are images per CPU second."""
-PEERS = ("webdataset", "timm")
+PEERS = ("webdataset", "timm", "timm_prefetcher")
 
 
 @dataclass(frozen=True)

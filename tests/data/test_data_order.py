@@ -76,9 +76,7 @@ def test_an_epoch_uses_every_sample_as_often_as_repeats_says(stream: Stream, epo
 
 
 @given(stream=streams, layout=layouts, other=layouts)
-def test_the_stream_is_one_list_for_every_cluster_shape(
-    stream: Stream, layout: BatchLayout, other: BatchLayout
-) -> None:
+def test_the_stream_is_one_list_for_every_cluster_shape(stream: Stream, layout: BatchLayout, other: BatchLayout) -> None:
     reference = [stream.make().slot(p) for p in range(2 * sum(stream.sizes))]
     for shape in (layout, other):
         got = steps_of(stream.make(), shape, range(-(-len(reference) // shape.global_batch)))
