@@ -103,12 +103,8 @@ class _Bench:
 
     def _cases(self) -> list[_Case]:
         recipes = ("crop", "randaugment") if self.options.augment else ("crop",)
-        cases = [
-            _Case(recipe, reader, workers)
-            for recipe in recipes
-            for workers in sorted(self.options.workers)
-            for reader in self.options.readers
-        ]
+        each = [(recipe, workers) for recipe in recipes for workers in sorted(self.options.workers)]
+        cases = [_Case(recipe, reader, workers) for recipe, workers in each for reader in self.options.readers]
         # The limits do not depend on workers or recipe.
         return [case for case in cases if case.reader not in ONE_PROCESS or (case.workers == 0 and case.recipe == "crop")]
 

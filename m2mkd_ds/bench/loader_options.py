@@ -29,9 +29,9 @@ class LoaderBench:
     """Loader processes; 0 reads in the main process."""
     readers: tuple[Reader, ...] = READERS
     """decode_limit: simplejpeg decodes the whole image, bytes in memory, nothing else. raw_read: our index, bytes in shuffled order.
-    pil, fast: our loader with data.decode=pil and fast; fast gives uint8, what comes after it is a GPU's work. fast_device: the same and
-    flip, normalisation on this CPU. webdataset: WebDataset(...).decode("pil") with timm's transform. timm: timm's reader and loader, float32
-    from the workers. timm_prefetcher: the same with its fast collate, uint8 from the workers, normalised in the main process."""
+    pil, fast: our loader with data.decode=pil and fast; fast gives uint8, what comes after it is a GPU's work. fast_device: the same
+    and flip, normalisation on this CPU. webdataset: WebDataset(...).decode("pil") with timm's transform. timm: timm's reader and
+    loader, float32 from the workers. timm_prefetcher: its fast collate, uint8 from the workers, normalised in the main process."""
     augment: bool = False
     """Measure a second recipe, with RandAugment (rand-m9-mstd0.5-inc1), besides random resized crop and flip."""
     repeats: int = 3

@@ -22,7 +22,7 @@ NOTES = {
     "webdataset": "WebDataset(shards).shuffle(1000).decode('pil'), timm's training transform, .batched(), DataLoader(persistent_workers); "
     "float32 from the workers",
     "timm": "create_dataset('wds/') and create_loader(use_prefetcher=False); float32 from the workers",
-    "timm_prefetcher": "the same with use_prefetcher=True, device='cpu': fast collate, uint8 from the workers, normalised in the main process",
+    "timm_prefetcher": "the same with use_prefetcher=True, device='cpu': uint8 from the workers, normalised in the main process",
 }
 
 

@@ -196,10 +196,8 @@ def test_targets_compare_the_same_workers_and_say_what_is_missed() -> None:
 
 def test_shards_of_ones_own_are_read_in_whole_batches(tmp_path: Path) -> None:
     photo_shards(tmp_path / "mine", 8, 0)
-    options = LoaderBench(
-        shards=tmp_path / "mine", batch=3, image_size=16, workers=(0, 9), repeats=1, resume_images=0, readers=("raw_read", "timm", "webdataset"),
-        out=tmp_path / "out",
-    )  # fmt: skip
+    readers: Any = ("raw_read", "timm", "webdataset")
+    options = replace(MINIATURE, shards=tmp_path / "mine", batch=3, workers=(0, 9), resume_images=0, readers=readers, out=tmp_path / "out")
     run_loader(options)
     rows = json.loads((tmp_path / "out" / "loader_cpu.json").read_text())["rows"]
     found = {(one["reader"], one["workers"]): (one["images"], one["available"]) for one in rows}
