@@ -57,7 +57,7 @@ def measure_pass(open_reader: Callable[[], Opened]) -> Pass:
     for batch in opened.batches:
         images += opened.finish(batch)
     wall_s, cpu_s = time.perf_counter() - started, _cpu_s(workers) - cpu_before
-    peak = sum(_peak_rss(pid) for pid in ("self", *workers))
+    peak = _peak_rss("self") + sum(_peak_rss(pid) for pid in workers)
     del opened
     gc.collect()  # the loader's last reference goes, and with it its workers
     _wait_until_gone(workers)

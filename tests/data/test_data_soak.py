@@ -1,4 +1,4 @@
-"""Long streams and many shards: memory and open files stay flat over 20 epochs, and starting opens no shard before its images are needed."""
+"""Long streams and many shards: memory and open files flat over 20 epochs, and no shard opened before its images are needed."""
 
 from __future__ import annotations
 
