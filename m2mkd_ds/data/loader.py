@@ -1,57 +1,41 @@
 """From an index and a plan to batches: `TrainLoader` (endless stream, resumable at any step) and `EvalLoader` (exact cover).
 
-The unit of work of a loader worker is a whole micro-batch, named by its number. So the order cannot depend on the
-number of workers, resuming is starting to count elsewhere, and no worker has state worth saving. Workers are spawned
-(a forked child of a process that uses threads or CUDA may hang) and import this file, timm and torch only.
-
-Shape letters: B images of a micro-batch, C channels, H W pixels, V classes.
+The unit of work of a loader worker is a whole micro-batch, named by its number (data/batches.py). So the order cannot depend on
+the number of workers, resuming is starting to count elsewhere, and no worker has state worth saving. Workers are spawned
+(a forked child of a process that uses threads or CUDA may hang); what is left to do on the device is done here, in the
+training process (data/device_ops.py).
 """
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from m2mkd_ds.config import DataConfig
-from m2mkd_ds.data.bad_samples import BadSample
+from m2mkd_ds.data.batch import ImageBatch, WorkerBatch
+from m2mkd_ds.data.batches import EvalBatches, TrainBatches
+from m2mkd_ds.data.decode import decode
+from m2mkd_ds.data.device_ops import Finisher
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.order import make_order
-from m2mkd_ds.data.plan import BatchLayout, eval_samples, num_eval_batches
+from m2mkd_ds.data.plan import BatchLayout, num_eval_batches
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.data.transforms import ImageTransform, KeyedRandom, Mixer, eval_transform, soft_targets, train_transform
 
-_UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
-"""What Pillow raises for damaged files, format by format."""
+__all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]
+
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class ImageBatch:
-    """One micro-batch of one rank."""
+class LookAhead(Protocol):
+    """Whoever fetches shards before they are needed."""
 
-    images_BCHW: Tensor
-    """float32, normalised."""
-    targets_BV: Tensor
-    """float32 soft targets, rows sum to 1."""
-    labels_B: Tensor
-    """int64 labels before mixing."""
-    slot_ids_B: Tensor
-    """int64: positions of the endless training stream; in evaluation, sample numbers."""
-    step: int
-    """Optimizer step; in evaluation, the number of the batch."""
-    micro_step: int
-    """0 .. accumulation - 1; 0 in evaluation."""
-    bad: tuple[BadSample, ...] = ()
-    """Damaged samples that were replaced in this batch; never in evaluation, where they raise."""
+    def advance(self, position: int) -> None:
+        """The stream is at `position` now. Returns at once."""
+        ...
 
 
 def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
@@ -83,78 +67,14 @@ def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
     return train, validation
 
 
-def decode(index: ShardIndex, sample: int) -> tuple[Image.Image, int]:
-    """RGB image and label of a sample; grey is repeated, transparency dropped.
-
-    Raises SampleError (shard, key, sample) for damaged bytes.
-    """
-    data, label, _ = index.read(sample)
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB"), label
-    except _UNDECODABLE as err:
-        raise SampleError(f"{index.describe(sample)}: cannot decode the image ({type(err).__name__}: {err})") from err
-
-
-class _TrainBatches(Dataset[ImageBatch]):
-    """Micro-batch number k of a rank: step k // accumulation, micro-step k % accumulation."""
-
-    def __init__(self, index: ShardIndex, data: DataConfig, *, seed: int, layout: BatchLayout, rank: int) -> None:
-        self._index, self._layout, self._rank, self._seed = index, layout, rank, seed
-        self._transform = train_transform(data)
-        self._mixer = Mixer(data.augment, data.num_classes, seed)
-        self._order = make_order(data, seed, index.shard_sizes, layout)
-
-    def __getitem__(self, number: int) -> ImageBatch:
-        step, micro_step = divmod(number, self._layout.accumulation)
-        slots = self._layout.positions(step, micro_step, self._rank)
-        size = self._transform.size
-        images_BCHW = torch.empty(len(slots), 3, size, size)
-        labels = []
-        with KeyedRandom() as keyed:
-            for place, position in enumerate(slots):
-                slot = self._order.slot(position)
-                try:
-                    image, label = decode(self._index, slot.sample)
-                except SampleError as err:
-                    raise SampleError(f"{err} (stream position {position})") from err
-                keyed.seed("sample", self._seed, *slot)
-                self._transform.into(image, images_BCHW[place])
-                labels.append(label)
-        labels_B = torch.tensor(labels)
-        group = self._layout.group(micro_step, self._rank)
-        images_BCHW, targets_BV = self._mixer(images_BCHW, labels_B, step=step, group=group)
-        return ImageBatch(images_BCHW, targets_BV, labels_B, torch.tensor(slots), step, micro_step)
-
-
-class _EvalBatches(Dataset[ImageBatch]):
-    """Evaluation batch number b of a rank."""
-
-    def __init__(self, index: ShardIndex, data: DataConfig, *, batch_size: int, rank: int, world: int) -> None:
-        self._index, self._num_classes = index, data.num_classes
-        self._batch_size, self._rank, self._world = batch_size, rank, world
-        self._transform: ImageTransform = eval_transform(data)
-
-    def __getitem__(self, number: int) -> ImageBatch:
-        samples = eval_samples(
-            number, self._rank, batch_size=self._batch_size, world=self._world, num_samples=self._index.num_samples
-        )  # fmt: skip
-        size = self._transform.size
-        images_BCHW = torch.empty(len(samples), 3, size, size)
-        labels = []
-        for place, sample in enumerate(samples):
-            image, label = decode(self._index, sample)
-            self._transform.into(image, images_BCHW[place])
-            labels.append(label)
-        labels_B = torch.tensor(labels)
-        return ImageBatch(images_BCHW, soft_targets(labels_B, self._num_classes, 0.0), labels_B, torch.tensor(samples), number, 0)
-
-
 class TrainLoader:
     """Batches of one rank in order (step, micro_step), from `start_step` to `total_steps`.
 
     Pixels, targets and order are a function of (seed, index, data, layout): the same for any number of workers, and a
-    loader started at step s gives exactly what an uninterrupted one gives from s on.
-    Raises ValueError for impossible layouts. Iterating raises SampleError at a damaged image.
+    loader started at step s gives exactly what an uninterrupted one gives from s on. `origin`: position of the stream that
+    step 0 begins at (BatchLayout.origin), for a run that goes on with another global batch. `look_ahead` hears of every batch.
+    Damaged samples are replaced and listed in `ImageBatch.bad`. Raises ValueError for impossible layouts. Iterating raises
+    SampleError where augmentation fails or no substitute can be read.
     """
 
     def __init__(
@@ -169,44 +89,66 @@ class TrainLoader:
         world: int,
         start_step: int,
         total_steps: int,
+        origin: int = 0,
+        device: torch.device = CPU,
+        look_ahead: LookAhead | None = None,
     ) -> None:
-        layout = BatchLayout(micro_batch_size=micro_batch_size, accumulation=accumulation, world=world)
+        layout = BatchLayout(micro_batch_size=micro_batch_size, accumulation=accumulation, world=world, origin=origin)
         _check_rank(rank, world)
         _check_classes(index, data)
         if not 0 <= start_step <= total_steps:
             raise ValueError(f"start_step {start_step} must lie between 0 and total_steps {total_steps}")
-        batches = _TrainBatches(index, data, seed=seed, layout=layout, rank=rank)
-        if micro_batch_size % 2 and batches._mixer.needs_even_batch:
-            raise ValueError(f"micro_batch_size is {micro_batch_size}; mixup and cutmix mix pairs, make it even")
-        self.layout, self.index = layout, index
+        batches = TrainBatches(index, data, seed=seed, layout=layout, rank=rank)
+        batches.mixer.check(micro_batch_size)
+        self.layout, self.index, self.order = layout, index, batches.order
+        self._rank, self._look_ahead = rank, look_ahead
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
-        self._loader = _loader(batches, self._numbers, data.num_workers)
+        self._loader = _loader(batches, self._numbers, data.num_workers, device)
+        self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
 
     def __len__(self) -> int:
         """Micro-batches this loader yields."""
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        return iter(self._loader)
+        # Not a generator itself: workers start when the iterator is made, not when the first batch is asked for.
+        if self._numbers:
+            self._advance(self._numbers[0])
+        return self._finished(_received(iter(self._loader)))
+
+    def _finished(self, received: Iterator[tuple[WorkerBatch, float]]) -> Iterator[ImageBatch]:
+        for number, (batch, wait_s) in zip(self._numbers, received, strict=True):
+            self._advance(number)
+            yield self._finish(batch, wait_s)
+
+    def _advance(self, number: int) -> None:
+        """The one place where shards that lie elsewhere are asked for ahead of their use."""
+        if self._look_ahead is not None:
+            step, micro_step = divmod(number, self.layout.accumulation)
+            self._look_ahead.advance(self.layout.positions(step, micro_step, self._rank).start)
 
 
 class EvalLoader:
     """Every sample of the index exactly once over all ranks: rank r takes r, r + world, ...; no padding, no drop.
 
     Ranks may have unequal numbers of images and batches (also none): sum counts after the loop, not in it.
+    Iterating raises SampleError at the first damaged image.
     """
 
-    def __init__(self, index: ShardIndex, data: DataConfig, *, batch_size: int, rank: int, world: int) -> None:
+    def __init__(
+        self, index: ShardIndex, data: DataConfig, *, batch_size: int, rank: int, world: int, device: torch.device = CPU
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         _check_rank(rank, world)
         _check_classes(index, data)
-        batches = _EvalBatches(index, data, batch_size=batch_size, rank=rank, world=world)
+        batches = EvalBatches(index, data, batch_size=batch_size, rank=rank, world=world)
         count = num_eval_batches(rank, batch_size=batch_size, world=world, num_samples=index.num_samples)
         self.index = index
         self._image_size = data.image_size
         self._numbers = range(count)
-        self._loader = _loader(batches, self._numbers, data.num_workers)
+        self._loader = _loader(batches, self._numbers, data.num_workers, device)
+        self._finish = Finisher(data, device, smoothing=0.0)
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -217,7 +159,8 @@ class EvalLoader:
         return torch.zeros(0, 3, self._image_size, self._image_size)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        return iter(self._loader)
+        received = _received(iter(self._loader))
+        return (self._finish(batch, wait_s) for batch, wait_s in received)
 
 
 def _check_rank(rank: int, world: int) -> None:
@@ -230,8 +173,8 @@ def _check_classes(index: ShardIndex, data: DataConfig) -> None:
         raise ValueError(f"data.num_classes is {data.num_classes}, but {index.folder} has {index.num_classes} classes; make them equal")
 
 
-def _loader(batches: Dataset[ImageBatch], numbers: range, num_workers: int) -> DataLoader[ImageBatch]:
-    """A DataLoader whose items are whole micro-batches."""
+def _loader(batches: Dataset[WorkerBatch | SampleError], numbers: range, num_workers: int, device: torch.device) -> DataLoader[Any]:
+    """A DataLoader whose items are whole micro-batches, or the error that stopped one."""
     return DataLoader(
         batches,
         batch_size=None,
@@ -240,6 +183,8 @@ def _loader(batches: Dataset[ImageBatch], numbers: range, num_workers: int) -> D
         collate_fn=_as_is,
         multiprocessing_context="spawn" if num_workers else None,
         persistent_workers=num_workers > 0,
+        # Copies to a GPU run beside its work only from page-locked memory.
+        pin_memory=device.type == "cuda",
         # Its own generator: DataLoader draws a base seed at every start, which would shift the trainer's random numbers.
         generator=torch.Generator(),
     )
@@ -248,3 +193,23 @@ def _loader(batches: Dataset[ImageBatch], numbers: range, num_workers: int) -> D
 def _as_is(batch: Any) -> Any:
     """Batches come whole: nothing to collate."""
     return batch
+
+
+def _received(items: Iterator[WorkerBatch | SampleError]) -> Iterator[tuple[WorkerBatch, float]]:
+    """Batches with the seconds that each was waited for. Raises the SampleError that a worker met, RuntimeError when a worker is gone."""
+    while True:
+        began = time.monotonic()
+        try:
+            item = next(items, None)
+        except RuntimeError as err:
+            if "DataLoader worker" not in str(err) or "Traceback" in str(err):
+                raise
+            raise RuntimeError(
+                f"a process of data.num_workers ended by itself ({err}); if it was killed, the host ran out of memory (dmesg says so): "
+                "set data.num_workers lower, or give the job more memory and /dev/shm"
+            ) from err
+        if item is None:
+            return
+        if isinstance(item, SampleError):
+            raise item
+        yield item, time.monotonic() - began

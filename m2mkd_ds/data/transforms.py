@@ -1,16 +1,15 @@
-"""From a decoded image to a normalised tensor, and from a micro-batch to mixed images and soft targets.
+"""timm's augmentation for the data room: what it draws, its operations on images, and its mixing. timm is used here and nowhere else in it.
 
-The operations are timm's; timm is used here and nowhere else in the data room. What this file adds: random numbers that
-depend on a key and not on worker or rank, a shift for small images where there is no crop, and cheaper tensor steps
-with the same result bit for bit. Shape letters: B images, C channels, H W pixels, V classes.
+What this file adds: random numbers that depend on a key and not on worker or rank, a shift for small images where there is
+no crop, and cheaper steps with the same result bit for bit. The `pil` path is here whole; `fast` (data/fast_transforms.py) shares the
+draws and the operations between crop and tensor. Shape letters: B images, C channels, H W pixels, V classes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,72 +18,64 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.auto_augment import posterize as timm_posterize
+from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms as tv
 
 from m2mkd_ds.config import AugmentConfig, DataConfig
+from m2mkd_ds.data.decode import first_rows, jpeg_head, rgb_image
+from m2mkd_ds.data.keyed_random import KeyedRandom
+from m2mkd_ds.data.mix import MixDraw, soft_targets
 
 PAD_SHARE = 8
 """Small images are padded by image_size / PAD_SHARE before the random crop: 4 pixels for 32, as is usual for CIFAR."""
 
-
-class KeyedRandom:
-    """Python's, numpy's and torch's CPU random numbers as a function of a key; the caller's streams are restored at exit.
-
-    with KeyedRandom() as keyed:
-        keyed.seed("sample", 0, 17)     # from here on, random / numpy.random / torch draw what this key says
-    """
-
-    def __enter__(self) -> KeyedRandom:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._torch = torch.default_generator.get_state()
-        return self
-
-    def seed(self, purpose: str, *numbers: int) -> None:
-        """Start the three generators from (purpose, numbers); numbers are taken modulo 2^64."""
-        packed = struct.pack(f"<{len(numbers)}Q", *(number % 2**64 for number in numbers))
-        digest = hashlib.blake2b(packed, digest_size=28, person=purpose.encode()).digest()
-        python_seed, torch_seed, numpy_seed = struct.unpack("<16sQI", digest)
-        random.seed(int.from_bytes(python_seed, "little"))
-        np.random.seed(numpy_seed)
-        # Not torch.manual_seed: before CUDA is initialised that queues one call with its traceback for every image.
-        torch.default_generator.manual_seed(torch_seed)
-
-    def __exit__(self, *exc: object) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.default_generator.set_state(self._torch)
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+"""Pillow's filter by DataConfig.interpolation."""
 
 
-class ImageTransform:
-    """RGB image -> normalised float32 [3, H, W]; draws from the global generators, so run it under `KeyedRandom`."""
+class Crop:
+    """timm's random resized crop in two steps, so that the box is known before the image is decoded."""
 
-    def __init__(self, pil_ops: Callable[[Image.Image], Image.Image], data: DataConfig, erase: RandomErasing | None) -> None:
-        self.size = data.image_size
-        self._pil_ops, self._erase = pil_ops, erase
-        self._mean_C11 = torch.tensor(data.mean).view(3, 1, 1)
-        self._std_C11 = torch.tensor(data.std).view(3, 1, 1)
+    def __init__(self, crop: RandomResizedCropAndInterpolation, data: DataConfig) -> None:
+        self._crop, self._size, self._filter = crop, (data.image_size, data.image_size), FILTERS[data.interpolation]
+        self._any_image = torch.zeros(1, 1, 1)
 
-    def into(self, image: Image.Image, out_CHW: Tensor) -> None:
-        """Transform `image` into `out_CHW` (float32 [3, size, size])."""
-        pixels_HWC = torch.from_numpy(np.array(self._pil_ops(image)))
-        # The same additions and divisions as timm's ToTensor + Normalize, without their per-image checks and copies.
-        out_CHW.copy_(pixels_HWC.permute(2, 0, 1))
-        out_CHW.div_(255).sub_(self._mean_C11).div_(self._std_C11)
-        if self._erase is not None:
-            self._erase(out_CHW)
+    def draw(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Top, left, height, width as timm draws them; at least one pixel, where timm fails on images of one or two."""
+        image = self._any_image.expand(1, height, width)  # has the shape that get_params asks for, and no pixels
+        top, left, crop_height, crop_width = self._crop.get_params(image, self._crop.scale, self._crop.ratio)
+        return min(top, height - 1), min(left, width - 1), max(crop_height, 1), max(crop_width, 1)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Transform `image` into a new tensor."""
-        out_CHW = torch.empty(3, self.size, self.size)
-        self.into(image, out_CHW)
-        return out_CHW
+    def cut(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+        """The box of `image`, resized."""
+        top, left, height, width = box
+        # Not resize(box=...): its filter would reach over the edge of the crop.
+        return image.crop((left, top, left + width, top + height)).resize(self._size, self._filter)
 
 
-def train_transform(data: DataConfig) -> ImageTransform:
-    """timm's training transform of `data.augment`; with crop_scale (1, 1) the crop becomes a shift (pad, random crop)."""
+@dataclass(frozen=True)
+class TrainParts:
+    """timm's training transform, taken apart."""
+
+    crop: Crop | None
+    """None: `shift` instead."""
+    shift: Shift
+    flip: tv.RandomHorizontalFlip | None
+    ops: tuple[Any, ...]
+    """From PIL image to PIL image: RandAugment, AutoAugment, colour jitter."""
+    erase: RandomErasing | None
+
+    @property
+    def draws_from_numpy(self) -> bool:
+        """Whether an operation may ask numpy for random numbers (RandAugment does)."""
+        return bool(self.ops)
+
+
+def train_parts(data: DataConfig) -> TrainParts:
+    """The parts of timm's training transform of `data.augment`; with crop_scale (1, 1) the crop becomes a shift (pad, random crop)."""
     augment = data.augment
     crop_flip, augment_ops, final = create_transform(
         (3, data.image_size, data.image_size),
@@ -100,18 +91,109 @@ def train_transform(data: DataConfig) -> ImageTransform:
         re_mode="pixel",
         separate=True,
     )
-    first, *rest = crop_flip.transforms
-    operations = [*([first] if augment.crop_scale != (1.0, 1.0) else _small_image_ops(data)), *rest, *augment_ops.transforms]
-    for operation in _augment_ops(operations):
+    crop, *flips = crop_flip.transforms
+    for operation in _augment_ops(augment_ops.transforms):
         if operation.aug_fn is timm_posterize:
             operation.aug_fn = posterize
-    erase = next((step for step in final.transforms if isinstance(step, RandomErasing)), None)
-    return ImageTransform(tv.Compose(operations), data, erase)
+    return TrainParts(
+        crop=Crop(crop, data) if augment.crop_scale != (1.0, 1.0) else None,
+        shift=Shift(round(data.image_size / PAD_SHARE)),
+        flip=flips[0] if flips else None,
+        ops=tuple(augment_ops.transforms),
+        erase=next((step for step in final.transforms if isinstance(step, RandomErasing)), None),
+    )
+
+
+class ImageTransform:
+    """RGB image or image file -> normalised float32 [3, H, W], timm's pixels bit for bit.
+
+    Draws from the global generators, so run it under `KeyedRandom`.
+    """
+
+    draws_from_numpy = False
+
+    def __init__(self, data: DataConfig) -> None:
+        self.size = data.image_size
+        self._mean_C11 = torch.tensor(data.mean).view(3, 1, 1)
+        self._std_C11 = torch.tensor(data.std).view(3, 1, 1)
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        """The part of the image that is wanted, at its size."""
+        raise NotImplementedError
+
+    def framed_file(self, data: bytes) -> Image.Image:
+        """As `framed`, from a file. Raises SampleError(kind="undecodable")."""
+        return self.framed(rgb_image(data))
+
+    def finish(self, image: Image.Image, out_CHW: Tensor) -> None:
+        """From the framed image to `out_CHW`."""
+        pixels_HWC = torch.from_numpy(np.array(image))
+        # The same additions and divisions as timm's ToTensor + Normalize, without their per-image checks and copies.
+        out_CHW.copy_(pixels_HWC.permute(2, 0, 1))
+        out_CHW.div_(255).sub_(self._mean_C11).div_(self._std_C11)
+
+    def file_into(self, data: bytes, out_CHW: Tensor) -> None:
+        """Decode and transform the bytes of an image file into `out_CHW` (float32 [3, size, size]).
+
+        Raises SampleError(kind="undecodable").
+        """
+        self.finish(self.framed_file(data), out_CHW)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Transform `image` into a new tensor."""
+        out_CHW = torch.empty(3, self.size, self.size)
+        self.finish(self.framed(image), out_CHW)
+        return out_CHW
+
+
+class _TrainTransform(ImageTransform):
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        self.parts = train_parts(data)
+        self.draws_from_numpy = self.parts.draws_from_numpy
+        self._filter = FILTERS[data.interpolation]
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        crop = self.parts.crop
+        if crop is None:
+            return self.parts.shift(whole(image, self.size, self._filter))
+        return crop.cut(image, crop.draw(image.width, image.height))
+
+    def framed_file(self, data: bytes) -> Image.Image:
+        crop, head = self.parts.crop, jpeg_head(data)
+        if crop is None or head is None:
+            return self.framed(rgb_image(data))
+        box = crop.draw(head.width, head.height)
+        return crop.cut(rgb_image(first_rows(data, head, box[0] + box[2])), box)
+
+    def finish(self, image: Image.Image, out_CHW: Tensor) -> None:
+        super().finish(augmented(image, self.parts), out_CHW)
+        if self.parts.erase is not None:
+            self.parts.erase(out_CHW)
+
+
+class _EvalTransform(ImageTransform):
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        self._resize, self._crop = eval_parts(data)
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        return self._crop(self._resize(image))
+
+
+def train_transform(data: DataConfig) -> ImageTransform:
+    """timm's training transform of `data.augment`; with crop_scale (1, 1) the crop becomes a shift (pad, random crop)."""
+    return _TrainTransform(data)
 
 
 def eval_transform(data: DataConfig) -> ImageTransform:
     """timm's evaluation transform: resize the shorter side to image_size / crop_pct, crop the centre, normalise."""
-    whole = create_transform(
+    return _EvalTransform(data)
+
+
+def eval_parts(data: DataConfig) -> tuple[tv.Resize, tv.CenterCrop]:
+    """timm's resize and crop of evaluation."""
+    both = create_transform(
         (3, data.image_size, data.image_size),
         is_training=False,
         interpolation=data.interpolation,
@@ -119,8 +201,17 @@ def eval_transform(data: DataConfig) -> ImageTransform:
         std=data.std,
         crop_pct=data.crop_pct,
     )
-    resize, crop, *_ = whole.transforms
-    return ImageTransform(tv.Compose([resize, crop]), data, erase=None)
+    resize, crop, *_ = both.transforms
+    return resize, crop
+
+
+def augmented(image: Image.Image, parts: TrainParts) -> Image.Image:
+    """Flipped as drawn, then through the policy's operations."""
+    if parts.flip is not None:
+        image = parts.flip(image)
+    for operation in parts.ops:
+        image = operation(image)
+    return image
 
 
 class Shift:
@@ -129,18 +220,38 @@ class Shift:
     def __init__(self, padding: int) -> None:
         self.padding = padding
 
+    def draw(self) -> tuple[int, int]:
+        """Left and top of the window in the image."""
+        return random.randint(-self.padding, self.padding), random.randint(-self.padding, self.padding)
+
     def __call__(self, image: Image.Image) -> Image.Image:
-        left = random.randint(-self.padding, self.padding)
-        top = random.randint(-self.padding, self.padding)
+        left, top = self.draw()
         # Pillow's crop fills what lies outside the image with zeros.
         return image.crop((left, top, left + image.width, top + image.height))
 
 
-def _small_image_ops(data: DataConfig) -> list[Any]:
-    """Small images: bring them to image_size where they are not, then shift them."""
-    side = data.image_size
-    resize = tv.Resize((side, side), interpolation=str_to_interp_mode(data.interpolation))
-    return [resize, Shift(round(side / PAD_SHARE))]
+def whole(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+    """The whole image as a square of `side` pixels; itself where it is one."""
+    return image if image.size == (side, side) else image.resize((side, side), resample)
+
+
+def erase_box(erase: RandomErasing, side: int) -> tuple[int, int, int, int] | None:
+    """Top, left, height, width that timm's erasing draws for a square image; None where it leaves the image alone."""
+    drawn = _Drawn()
+    erase._erase(drawn, 3, side, side, torch.float32)
+    if drawn.place is None:
+        return None
+    _, rows, columns = drawn.place
+    return rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+
+
+class _Drawn:
+    """Stands where RandomErasing expects an image, and keeps what it would overwrite."""
+
+    place: tuple[slice, slice, slice] | None = None
+
+    def __setitem__(self, place: tuple[slice, slice, slice], pixels: Tensor) -> None:
+        self.place = place
 
 
 def _augment_ops(operations: Iterable[Any]) -> Iterable[AugmentOp]:
@@ -161,24 +272,16 @@ def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Im
     return timm_posterize(image, bits_to_keep, **options)
 
 
-def soft_targets(labels_B: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Smoothed one-hot targets, float32 [B, V]: 1 - smoothing + smoothing / V at the label, smoothing / V elsewhere.
-
-    timm's Mixup and torch's cross entropy with label_smoothing agree on this definition.
-    """
-    off = smoothing / num_classes
-    return torch.full((len(labels_B), num_classes), off).scatter_(1, labels_B[:, None], 1.0 - smoothing + off)
-
-
 class Mixer:
-    """Mixup / cutmix of a micro-batch and its soft targets, with random numbers keyed by (seed, step, group).
+    """timm's mixup and cutmix, group by group: random numbers keyed by (seed, step, group), groups counted within the step.
 
-    A sample is mixed with its mirror in the micro-batch, so the pairs are the same for every world size as long as
-    the micro-batch size is. Raises ValueError for an odd micro-batch when mixing is on.
+    A group is `mix_group` neighbours of the stream, so pixels do not depend on the micro-batch; 0: the whole micro-batch.
+    A sample is mixed with its mirror in the group.
     """
 
     def __init__(self, augment: AugmentConfig, num_classes: int, seed: int) -> None:
         self._num_classes, self._smoothing, self._seed = num_classes, augment.label_smoothing, seed
+        self._group = augment.mix_group
         self._mixup: Mixup | None = None
         if augment.mixup > 0 or augment.cutmix > 0:
             self._mixup = Mixup(
@@ -191,16 +294,50 @@ class Mixer:
             )
 
     @property
-    def needs_even_batch(self) -> bool:
-        """Whether images are mixed in pairs."""
+    def mixes(self) -> bool:
+        """Whether images are mixed at all."""
         return self._mixup is not None
 
-    def __call__(self, images_BCHW: Tensor, labels_B: Tensor, *, step: int, group: int) -> tuple[Tensor, Tensor]:
-        """Mixed images (in place) and targets_BV (float32)."""
+    def check(self, micro_batch_size: int) -> None:
+        """Raises ValueError for a micro-batch that does not consist of whole groups."""
+        if self._mixup is None:
+            return
+        if self._group and micro_batch_size % self._group:
+            raise ValueError(
+                f"micro_batch_size is {micro_batch_size} and data.augment.mix_group is {self._group}: images of a group are mixed with "
+                "one another, so mix_group must divide micro_batch_size"
+            )
+        if micro_batch_size % 2:
+            raise ValueError(f"micro_batch_size is {micro_batch_size}; mixup and cutmix mix pairs, make it even")
+
+    def _groups(self, count: int, in_step: int) -> Sequence[tuple[int, slice]]:
+        """(number of the group in its step, its images) of `count` images, the first being image `in_step` of the step."""
+        self.check(count)
+        size = self._group or count
+        return [((in_step + first) // size, slice(first, first + size)) for first in range(0, count, size)]
+
+    def __call__(self, images_BCHW: Tensor, labels_B: Tensor, *, step: int, in_step: int) -> tuple[Tensor, Tensor]:
+        """Mixed images (in place) and targets_BV (float32); `in_step`: place of the first image in its step."""
         if self._mixup is None:
             return images_BCHW, soft_targets(labels_B, self._num_classes, self._smoothing)
-        if len(labels_B) % 2:
-            raise ValueError(f"micro-batch of {len(labels_B)} images: mixup and cutmix mix pairs, make micro_batch_size even")
+        targets = []
         with KeyedRandom() as keyed:
-            keyed.seed("mix", self._seed, step, group)
-            return self._mixup(images_BCHW, labels_B)
+            for group, members in self._groups(len(labels_B), in_step):
+                keyed.seed_numpy("mix", self._seed, step, group)
+                targets.append(self._mixup(images_BCHW[members], labels_B[members])[1])
+        return images_BCHW, torch.cat(targets)
+
+    def draw(self, count: int, side: int, *, step: int, in_step: int) -> list[MixDraw]:
+        """What `__call__` would draw for `count` square images, group by group."""
+        assert self._mixup is not None
+        draws = []
+        with KeyedRandom() as keyed:
+            for group, _ in self._groups(count, in_step):
+                keyed.seed_numpy("mix", self._seed, step, group)
+                share, is_cutmix = self._mixup._params_per_batch()
+                if share != 1.0 and is_cutmix:
+                    (top, bottom, left, right), share = cutmix_bbox_and_lam((side, side), share)
+                    draws.append(MixDraw(float(share), (int(top), int(bottom), int(left), int(right))))
+                else:
+                    draws.append(MixDraw(float(share)))
+        return draws

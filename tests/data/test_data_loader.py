@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from PIL import Image
 from m2mkd_ds.config import AugmentConfig, DataConfig
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.loader import EvalLoader, ImageBatch, TrainLoader, check_data, decode
 from m2mkd_ds.data.order import StreamOrder
 from m2mkd_ds.data.shards import write_shards
 from m2mkd_ds.data.sources import encode_png, make_source
-from m2mkd_ds.data.transforms import KeyedRandom, train_transform
+from m2mkd_ds.data.transforms import train_transform
 
 AUGMENT = AugmentConfig(crop_scale=(0.5, 1.0), auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.5, label_smoothing=0.1)
 MIXED = dataclasses.replace(AUGMENT, mixup=0.8, cutmix=1.0)
@@ -192,9 +194,10 @@ def test_workers_import_neither_deepspeed_nor_transformers(digits_folder: Path, 
 import sys
 from m2mkd_ds.config import AugmentConfig, DataConfig
 from m2mkd_ds.data import loader
+from m2mkd_ds.data.batches import TrainBatches
 from m2mkd_ds.data.index import ShardIndex
 
-class Probe(loader._TrainBatches):
+class Probe(TrainBatches):
     def __getitem__(self, number):
         batch = super().__getitem__(number)
         return sorted({{name.partition(".")[0] for name in sys.modules}})
@@ -205,7 +208,7 @@ if __name__ == "__main__":
     data = DataConfig(num_classes=10, image_size=16)
     layout = loader.BatchLayout(micro_batch_size=2, accumulation=1, world=1)
     batches = Probe(index, data, seed=0, layout=layout, rank=0)
-    print(" ".join(next(iter(loader._loader(batches, range(1), 1)))))
+    print(" ".join(next(iter(loader._loader(batches, range(1), 1, loader.CPU)))))
 """)
     (tmp_path / "deepspeed.py").write_text("")
     root = str(Path(__file__).parents[2])
@@ -226,16 +229,23 @@ def damaged_copy(folder: Path, target: Path) -> tuple[ShardIndex, str]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_image_stops_training_with_shard_key_and_position(tmp_path: Path, num_workers: int) -> None:
+def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path: Path, num_workers: int) -> None:
     index, key = damaged_copy(tmp_path / "good", tmp_path / "bad")
     data = DataConfig(num_classes=2, image_size=8, num_workers=num_workers, augment=SHIFTED)
     order = StreamOrder(5, [10])
     position = next(p for p in range(10) if order.slot(p).sample == 4)
-    message = rf"shard .*shard-000000.tar, key {key}, sample 4: cannot decode the image .*\(stream position {position}\)"
-    with pytest.raises(SampleError, match=message):
-        list(train_loader(index, data, mb=2, steps=5))
-    with pytest.raises(SampleError, match=f"key {key}, sample 4: cannot decode"):
+    batches = list(train_loader(index, data, mb=2, steps=5))
+    (record,) = [record for batch in batches for record in batch.bad]
+    assert batches[position // 2].bad == (record,)
+    assert (record.kind, record.shard, record.key, record.sample) == ("undecodable", "shard-000000.tar", key, 4)
+    # The next sample of the epoch takes its place (the first one's, behind the last).
+    next_one = order.slot((position + 1) % 10).sample
+    assert (record.position, record.substitute) == (position, next_one)
+    assert re.search(rf"shard .*shard-000000.tar, key {key}, sample 4: cannot decode the image", record.message)
+    assert int(batches[position // 2].labels_B[position % 2]) == index.labels_N[next_one]
+    with pytest.raises(SampleError, match=f"key {key}, sample 4: cannot decode") as caught:
         list(EvalLoader(index, data, batch_size=4, rank=0, world=1))
+    assert caught.value.kind == "undecodable"
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
@@ -273,7 +283,7 @@ def test_check_data_names_what_does_not_fit(digits_folder: Path, tmp_path: Path)
 
 def test_impossible_loaders_are_refused(digits_folder: Path, digits_train: ShardIndex) -> None:
     data = data_config(digits_folder, MIXED)
-    with pytest.raises(ValueError, match="micro_batch_size is 3; mixup and cutmix mix pairs, make it even"):
+    with pytest.raises(ValueError, match="micro_batch_size is 3 and data.augment.mix_group is 2: .* must divide micro_batch_size"):
         train_loader(digits_train, data, mb=3)
     with pytest.raises(ValueError, match="rank is 2; with world 2 it must lie between 0 and 1"):
         train_loader(digits_train, data, rank=2, world=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import random
 from typing import Any
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 from torchvision import transforms as tv
 
 from m2mkd_ds.config import AugmentConfig, DataConfig
-from m2mkd_ds.data.transforms import KeyedRandom, Mixer, Shift, eval_transform, posterize, soft_targets, train_transform
+from m2mkd_ds.data.keyed_random import KeyedRandom
+from m2mkd_ds.data.mix import soft_targets
+from m2mkd_ds.data.transforms import Mixer, Shift, eval_transform, posterize, train_parts, train_transform
 
 DEIT = AugmentConfig(hflip=0.5, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
 PLAIN = AugmentConfig(crop_scale=(0.2, 0.9), color_jitter=0.4, random_erase=1.0)
@@ -154,15 +157,13 @@ def test_posterize_to_no_bits_is_black_and_the_rest_is_pillows() -> None:
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "v0", "augmix-m3"])
 def test_every_posterize_of_a_policy_is_the_safe_one(policy: str) -> None:
-    transform = train_transform(DataConfig(image_size=32, augment=AugmentConfig(auto_augment=policy)))
-
     def functions(node: Any) -> list[Any]:
         if hasattr(node, "aug_fn"):
             return [node.aug_fn]
         parts = node if isinstance(node, list) else getattr(node, "ops", None) or getattr(node, "policy", None) or []
         return [function for part in parts for function in functions(part)]
 
-    policy_object = transform._pil_ops.transforms[2]
+    (policy_object,) = train_parts(DataConfig(image_size=32, augment=AugmentConfig(auto_augment=policy))).ops
     names = [(function.__module__, function.__name__) for function in functions(policy_object)]
     assert ("m2mkd_ds.data.transforms", "posterize") in names
     assert ("timm.data.auto_augment", "posterize") not in names
@@ -193,10 +194,11 @@ def test_smoothed_targets_are_torchs_label_smoothing() -> None:
 
 
 def mixed(augment: AugmentConfig, *, step: int = 3, group: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four constant images of value 0, 1, 2, 3 with labels 0..3, and what the mixer makes of them."""
+    """Four constant images of value 0, 1, 2, 3 with labels 0..3, and what the mixer makes of them as one group."""
+    augment = dataclasses.replace(augment, mix_group=4)
     images_BCHW = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
     labels_B = torch.arange(4)
-    out_BCHW, targets_BV = Mixer(augment, 4, seed)(images_BCHW.clone(), labels_B, step=step, group=group)
+    out_BCHW, targets_BV = Mixer(augment, 4, seed)(images_BCHW.clone(), labels_B, step=step, in_step=4 * group)
     return images_BCHW, out_BCHW, targets_BV
 
 
@@ -239,5 +241,7 @@ def test_no_mixing_leaves_images_alone() -> None:
     before, out, targets = mixed(AugmentConfig(label_smoothing=0.1))
     assert torch.equal(before, out)
     assert torch.equal(targets, soft_targets(torch.arange(4), 4, 0.1))
-    with pytest.raises(ValueError, match="micro-batch of 3 images: mixup and cutmix mix pairs"):
-        Mixer(AugmentConfig(mixup=1.0), 4, 0)(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.int64), step=0, group=0)
+    with pytest.raises(ValueError, match="micro_batch_size is 3; mixup and cutmix mix pairs"):
+        Mixer(AugmentConfig(mixup=1.0, mix_group=0), 4, 0)(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.int64), step=0, in_step=0)
+    with pytest.raises(ValueError, match="micro_batch_size is 6 and data.augment.mix_group is 4: .* must divide"):
+        Mixer(AugmentConfig(mixup=1.0, mix_group=4), 4, 0).check(6)

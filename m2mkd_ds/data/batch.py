@@ -1,0 +1,90 @@
+"""What a loader yields (`ImageBatch`), and what its workers hand to the training process for it (`WorkerBatch`).
+
+Shape letters: B images of a micro-batch, C channels, H W pixels, V classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from m2mkd_ds.data.bad_samples import BadSample
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """One micro-batch of one rank."""
+
+    images_BCHW: Tensor
+    """float32, normalised, on the loader's device."""
+    targets_BV: Tensor
+    """float32 soft targets, rows sum to 1; on the loader's device."""
+    labels_B: Tensor
+    """int64 labels before mixing, on the CPU."""
+    slot_ids_B: Tensor
+    """int64: positions of the endless training stream; in evaluation, sample numbers. On the CPU."""
+    step: int
+    """Optimizer step; in evaluation, the number of the batch."""
+    micro_step: int
+    """0 .. accumulation - 1; 0 in evaluation."""
+    bad: tuple[BadSample, ...] = ()
+    """Damaged samples that were replaced in this batch; never in evaluation, where they raise."""
+    fallbacks: int = 0
+    """decode=fast: images that libjpeg-turbo could not take (PNG, CMYK, a strict decoder's refusal) and Pillow decoded."""
+    wait_s: float = 0.0
+    """Seconds that the training process waited for this batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceWork:
+    """What the `fast` path leaves to the device, as drawn in the worker; None: nothing of that kind."""
+
+    flip_B: Tensor | None = None
+    """bool."""
+    erase_E6: Tensor | None = None
+    """int64: image, top, left, height, width, key of every erased box."""
+    erase_pixels: int = 0
+    """Pixels of all boxes together."""
+    shares_G4: Tensor | None = None
+    """float32: see data/mix.py."""
+    boxes_G4: Tensor | None = None
+    """int64: cutmix boxes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerBatch:
+    """A micro-batch as a worker hands it over."""
+
+    images: Tensor
+    """pil: float32 [B, C, H, W], done. fast: uint8 [B, H, W, 4], the fourth byte without meaning."""
+    labels_B: Tensor
+    slot_ids_B: Tensor
+    step: int
+    micro_step: int
+    targets_BV: Tensor | None
+    """pil: done. fast: made on the device from the labels."""
+    work: DeviceWork | None = None
+    bad: tuple[BadSample, ...] = ()
+    fallbacks: int = 0
+
+    def pin_memory(self) -> WorkerBatch:
+        """With all tensors in page-locked memory; DataLoader's pinning thread calls this."""
+        return on_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+_Batch = TypeVar("_Batch", WorkerBatch, DeviceWork)
+
+
+def on_tensors(batch: _Batch, change: Callable[[Tensor], Tensor]) -> _Batch:
+    """A copy with every tensor changed."""
+    changed: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(value)
+        elif isinstance(value, DeviceWork):
+            changed[field.name] = on_tensors(value, change)
+    return replace(batch, **changed)

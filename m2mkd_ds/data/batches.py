@@ -1,0 +1,186 @@
+"""What a loader's worker does: the number of a micro-batch -> its images, augmented, with damaged ones replaced.
+
+The unit of work is a whole micro-batch. A damaged image's place is taken by the next readable one of the order, with the random
+numbers of the place, so every rank and every worker would take the same. Errors travel as values: what DataLoader makes of
+an exception in a worker has lost its kind.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Sequence
+from itertools import chain, islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from m2mkd_ds.config import DataConfig
+from m2mkd_ds.data.bad_samples import BadSample
+from m2mkd_ds.data.batch import DeviceWork, WorkerBatch
+from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.fast_transforms import NO_ERASE, Drawn, FastEval, FastTrain
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.keyed_random import KeyedRandom
+from m2mkd_ds.data.mix import MixDraw, group_draws, soft_targets
+from m2mkd_ds.data.order import Slot, make_order
+from m2mkd_ds.data.plan import BatchLayout, eval_samples
+from m2mkd_ds.data.transforms import ImageTransform, Mixer, eval_transform, train_transform
+
+MAX_SUBSTITUTES = 50
+"""Samples tried in place of a damaged one; so many damaged ones in a row mean that the storage is gone, not an image."""
+
+
+class TrainBatches(Dataset["WorkerBatch | SampleError"]):
+    """Micro-batch number k of a rank: step k // accumulation, micro-step k % accumulation."""
+
+    def __init__(self, index: ShardIndex, data: DataConfig, *, seed: int, layout: BatchLayout, rank: int) -> None:
+        self._index, self._layout, self._rank, self._seed = index, layout, rank, seed
+        self._transform: ImageTransform | FastTrain = FastTrain(data) if data.decode == "fast" else train_transform(data)
+        self.mixer = Mixer(data.augment, data.num_classes, seed)
+        self.order = make_order(data, seed, index.shard_sizes, layout)
+
+    def __getitem__(self, number: int) -> WorkerBatch | SampleError:
+        try:
+            return self._batch(number)
+        except SampleError as err:
+            return err
+
+    def _batch(self, number: int) -> WorkerBatch:
+        step, micro_step = divmod(number, self._layout.accumulation)
+        positions = self._layout.positions(step, micro_step, self._rank)
+        images = _empty_images(len(positions), self._transform)
+        filled = []
+        with KeyedRandom() as keyed:
+            for place, position in enumerate(positions):
+                filled.append(self._fill(position, images[place], keyed))
+        labels_B = torch.tensor([label for label, _, _ in filled])
+        drawn = [work for _, work, _ in filled if work is not None]
+        in_step = self._layout.group(micro_step, self._rank) * len(positions)
+        targets_BV, work = None, None
+        if drawn:
+            draws = self.mixer.draw(len(positions), self._transform.size, step=step, in_step=in_step) if self.mixer.mixes else ()
+            work = _device_work(drawn, draws)
+        else:
+            images, targets_BV = self.mixer(images, labels_B, step=step, in_step=in_step)
+        return WorkerBatch(
+            images=images, labels_B=labels_B, slot_ids_B=torch.tensor(positions), step=step, micro_step=micro_step, targets_BV=targets_BV,
+            work=work, bad=tuple(record for _, _, faults in filled for record in faults), fallbacks=sum(d.fallback for d in drawn),
+        )  # fmt: skip
+
+    def _fill(self, position: int, out: Tensor, keyed: KeyedRandom) -> tuple[int, Drawn | None, list[BadSample]]:
+        """Put the image of a position into `out`: its label, what the device has to do, and what was wrong with samples before it."""
+        slot = self.order.slot(position)
+        faults: list[tuple[int, SampleError]] = []
+        for sample in chain((slot.sample,), islice(self.order.substitutes(position), MAX_SUBSTITUTES)):
+            try:
+                label, drawn = self._use(sample, slot, out, keyed)
+            except SampleError as err:
+                if err.kind == "transform":
+                    raise SampleError(f"{err} (stream position {position}, {slot})", err.kind) from err
+                faults.append((sample, err))
+            else:
+                return label, drawn, [_record(self._index, damaged, err, position, sample) for damaged, err in faults]
+        raise SampleError(
+            f"{faults[0][1]} (stream position {position}); nor can any of the {len(faults) - 1} samples be read that could take its place",
+            faults[0][1].kind,
+        )
+
+    def _use(self, sample: int, slot: Slot, out: Tensor, keyed: KeyedRandom) -> tuple[int, Drawn | None]:
+        data, label = _read(self._index, sample)
+        seed = keyed.seed if self._transform.draws_from_numpy else keyed.seed_without_numpy
+        seed("sample", self._seed, *slot)
+        return label, _transformed(self._transform, data, out, self._index, sample)
+
+
+class EvalBatches(Dataset["WorkerBatch | SampleError"]):
+    """Evaluation batch number b of a rank; any damaged image is an error."""
+
+    def __init__(self, index: ShardIndex, data: DataConfig, *, batch_size: int, rank: int, world: int) -> None:
+        self._index, self._num_classes = index, data.num_classes
+        self._batch_size, self._rank, self._world = batch_size, rank, world
+        self._transform: ImageTransform | FastEval = FastEval(data) if data.decode == "fast" else eval_transform(data)
+
+    def __getitem__(self, number: int) -> WorkerBatch | SampleError:
+        try:
+            return self._batch(number)
+        except SampleError as err:
+            return err
+
+    def _batch(self, number: int) -> WorkerBatch:
+        samples = eval_samples(
+            number, self._rank, batch_size=self._batch_size, world=self._world, num_samples=self._index.num_samples
+        )  # fmt: skip
+        images = _empty_images(len(samples), self._transform)
+        labels, fallbacks = [], 0
+        for place, sample in enumerate(samples):
+            data, label = _read(self._index, sample)
+            drawn = _transformed(self._transform, data, images[place], self._index, sample)
+            labels.append(label)
+            fallbacks += drawn is not None and drawn.fallback
+        labels_B = torch.tensor(labels)
+        targets_BV = soft_targets(labels_B, self._num_classes, 0.0) if isinstance(self._transform, ImageTransform) else None
+        return WorkerBatch(
+            images=images, labels_B=labels_B, slot_ids_B=torch.tensor(samples), step=number, micro_step=0, targets_BV=targets_BV,
+            fallbacks=fallbacks,
+        )  # fmt: skip
+
+
+def _empty_images(count: int, transform: ImageTransform | FastTrain | FastEval) -> Tensor:
+    """The batch to fill; in a worker in shared memory at once, so that it is not copied on its way."""
+    size = transform.size
+    is_pil = isinstance(transform, ImageTransform)
+    shape, dtype = ((count, 3, size, size), torch.float32) if is_pil else ((count, size, size, 4), torch.uint8)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+
+
+def _read(index: ShardIndex, sample: int) -> tuple[bytes, int]:
+    """Bytes and label; whatever the file system says becomes SampleError(kind="io")."""
+    try:
+        data, label, _ = index.read(sample)
+    except OSError as err:
+        raise SampleError(f"{index.describe(sample)}: cannot read its shard ({err})", "io") from err
+    return data, label
+
+
+def _transformed(
+    transform: ImageTransform | FastTrain | FastEval, data: bytes, out: Tensor, index: ShardIndex, sample: int
+) -> Drawn | None:
+    """Run the transform; its errors name the sample."""
+    try:
+        return transform.file_into(data, out)
+    except SampleError as err:
+        raise SampleError(f"{index.describe(sample)}: {err}", err.kind) from err
+    except Exception as err:
+        # An error of ours or of timm's: the place in the code is what helps, and it would not survive the way out of a worker.
+        *_, last = traceback.extract_tb(err.__traceback__)
+        raise SampleError(
+            f"{index.describe(sample)}: augmentation failed ({type(err).__name__}: {err}; {last.filename}:{last.lineno} in {last.name}); "
+            "this is a bug or a setting that does not fit, not a damaged image",
+            "transform",
+        ) from err
+
+
+def _record(index: ShardIndex, sample: int, err: SampleError, position: int, substitute: int) -> BadSample:
+    row = index.table[sample]
+    return BadSample(
+        kind=err.kind, shard=index.shards[int(row["shard"])].name, key=row["key"].decode(), sample=sample, position=position,
+        substitute=substitute, message=str(err),
+    )  # fmt: skip
+
+
+def _device_work(drawn: Sequence[Drawn], draws: Sequence[MixDraw]) -> DeviceWork:
+    """Draws of single images and of groups as tensors."""
+    erased = [(place, *work.erase) for place, work in enumerate(drawn) if work.erase != NO_ERASE]
+    shares_G4, boxes_G4 = group_draws(draws) if any(draw.share != 1.0 for draw in draws) else (None, None)
+    return DeviceWork(
+        flip_B=torch.tensor([work.flip for work in drawn]) if any(work.flip for work in drawn) else None,
+        erase_E6=torch.tensor(erased) if erased else None,
+        erase_pixels=sum(height * width for _, _, _, height, width, _ in erased),
+        shares_G4=shares_G4,
+        boxes_G4=boxes_G4,
+    )
