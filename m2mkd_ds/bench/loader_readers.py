@@ -1,6 +1,7 @@
 """What `m2mkd bench loader` measures: our loader on both decode paths, the two limits, and the peers; each opened by name.
 
-A batch is finished when a model could take it: [B, 3, size, size], normalised float32 (for `fast`, uint8 that a GPU finishes).
+A batch is finished when a model could take it: [B, 3, size, size], normalised float32. For `fast` the training device is torch's
+`meta`, on which every operation has a result and no work: what is left is what the host does beside a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ NOTES: dict[str, str] = {
     "decode_limit": "simplejpeg, the whole image to RGB, bytes in memory; nothing else",
     "raw_read": "bytes by our index in shuffled order, checked against their crc32; not decoded",
     "pil": "our loader, data.decode=pil: normalised float32 from the workers",
+    "fast": "our loader, data.decode=fast, before a GPU: uint8 from the workers; flip and normalisation are not counted, they are the GPU's",
+    "fast_device": "the same, with flip and normalisation to float32 on this CPU, in the main process",
     **loader_peers.NOTES,
 }
 
@@ -105,6 +108,7 @@ def _ours(reader: Reader, source: Source, data: DataConfig) -> Opened:
         world=1,
         start_step=0,
         total_steps=source.images // source.batch,
+        device=torch.device("meta" if reader == "fast" else "cpu"),
     )
     return Opened(loader, partial(_count_floats, data.image_size))
 
