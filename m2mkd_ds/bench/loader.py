@@ -22,7 +22,7 @@ from m2mkd_ds.bench.loader_output import SCHEMA, render, write_files
 from m2mkd_ds.bench.loader_photos import photo_jpegs, photo_shards
 from m2mkd_ds.bench.loader_readers import NOTES, ONE_PROCESS, OURS, Source, data_config, opener
 from m2mkd_ds.bench.loader_resume import resume_seconds, synthetic_index
-from m2mkd_ds.bench.loader_rows import LoaderRow, make_row, verdicts
+from m2mkd_ds.bench.loader_rows import LoaderRow, Range, make_row, verdicts
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.logs import Progress
 
@@ -123,7 +123,7 @@ class _Bench:
         if reason:
             return LoaderRow(case.recipe, case.reader, case.workers, available=False, reason=reason)
         limits = [one.images / one.cpu_s for one in passes.get(_Case("crop", "decode_limit", 0), [])]
-        limit = sorted(limits)[len(limits) // 2] if limits else None
+        limit = Range.of(limits).median if limits else None
         return make_row(case.recipe, case.reader, case.workers, NOTES[case.reader], passes[case], resumes.get(case, []), limit)
 
     def describe_shards(self) -> dict[str, Any]:

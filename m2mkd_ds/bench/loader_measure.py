@@ -59,8 +59,9 @@ def measure_pass(open_reader: Callable[[], Opened]) -> Pass:
     wall_s, cpu_s = time.perf_counter() - started, _cpu_s(workers) - cpu_before
     peak = _peak_rss("self") + sum(_peak_rss(pid) for pid in workers)
     del opened
-    gc.collect()  # the loader's last reference goes, and with it its workers
-    _wait_until_gone(workers)
+    if workers:
+        gc.collect()  # the loader's last reference goes, and with it its workers
+        _wait_until_gone(workers)
     return Pass(images, wall_s, cpu_s, first_batch_s, peak)
 
 
