@@ -59,7 +59,7 @@ class WorkerBatch:
     """A micro-batch as a worker hands it over."""
 
     images: Tensor
-    """pil: float32 [B, C, H, W], done. fast: uint8 [B, H, W, 4], the fourth byte without meaning."""
+    """pil: float32 [B, C, H, W], done. fast: uint8 [B, H, W, C]."""
     labels_B: Tensor
     slot_ids_B: Tensor
     step: int

@@ -131,7 +131,7 @@ def _empty_images(count: int, transform: ImageTransform | FastTrain | FastEval) 
     """The batch to fill; in a worker in shared memory at once, so that it is not copied on its way."""
     size = transform.size
     is_pil = isinstance(transform, ImageTransform)
-    shape, dtype = ((count, 3, size, size), torch.float32) if is_pil else ((count, size, size, 4), torch.uint8)
+    shape, dtype = ((count, 3, size, size), torch.float32) if is_pil else ((count, size, size, 3), torch.uint8)
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)

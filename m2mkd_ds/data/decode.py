@@ -112,8 +112,10 @@ def rgb_image(data: bytes | bytearray) -> Image.Image:
         raise SampleError(f"cannot decode the image ({type(err).__name__}: {err})", "undecodable") from err
 
 
-def rgbx_pixels(data: bytes | bytearray, *, min_height: int = 0, min_width: int = 0, strict: bool = True) -> np.ndarray | None:
-    """uint8 [H, W, 4] by libjpeg-turbo, the fourth byte without meaning; None where it refuses the file.
+def rgb_pixels(
+    data: bytes | bytearray, *, min_height: int = 0, min_width: int = 0, strict: bool = True, memory: np.ndarray | None = None
+) -> np.ndarray | None:
+    """uint8 [H, W, 3] by libjpeg-turbo; None where it refuses the file. `memory` (uint8, large enough) is written to, if given.
 
     With `min_height` and `min_width`: decoded at the smallest size (a multiple of 1/8) that is not below them. Without `strict`,
     what libjpeg calls a warning is let pass, as Pillow does always.
@@ -121,14 +123,14 @@ def rgbx_pixels(data: bytes | bytearray, *, min_height: int = 0, min_width: int 
     import simplejpeg
 
     try:
-        return simplejpeg.decode_jpeg(data, "RGBX", min_height=min_height, min_width=min_width, strict=strict)
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width, strict=strict, buffer=memory)
     except ValueError:
         return None
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 4] of an RGB image."""
-    return np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).reshape(image.height, image.width, 4)
+    """uint8 [H, W, 3] of an RGB image."""
+    return np.array(image)
 
 
 def decode(index: ShardIndex, sample: int) -> tuple[Image.Image, int]:

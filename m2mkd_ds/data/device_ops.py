@@ -51,9 +51,9 @@ class Finisher:
         return images_BCHW, targets_BV
 
 
-def normalise(pixels_BHW4: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """float32 [B, 3, H, W] of uint8 [B, H, W, 4], whose fourth byte is ignored."""
-    images_BCHW = pixels_BHW4[..., :3].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+def normalise(pixels_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """float32 [B, 3, H, W] of uint8 [B, H, W, 3]."""
+    images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return images_BCHW.div_(255).sub_(mean_C[:, None, None]).div_(std_C[:, None, None])
 
 
