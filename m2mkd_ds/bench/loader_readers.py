@@ -29,7 +29,7 @@ NOTES: dict[str, str] = {
     "decode_limit": "simplejpeg, the whole image to RGB, bytes in memory; nothing else",
     "raw_read": "bytes by our index in shuffled order, checked against their crc32; not decoded",
     "pil": "our loader, data.decode=pil: normalised float32 from the workers",
-    "fast": "our loader, data.decode=fast, before a GPU: uint8 from the workers; flip and normalisation are not counted, they are the GPU's",
+    "fast": "our loader, data.decode=fast, before a GPU: uint8 from the workers; flip and normalisation (the GPU's) are not counted",
     "fast_device": "the same, with flip and normalisation to float32 on this CPU, in the main process",
     **loader_peers.NOTES,
 }
