@@ -22,7 +22,7 @@ from m2mkd_ds.bench.loader_output import SCHEMA, render, write_files
 from m2mkd_ds.bench.loader_photos import photo_jpegs, photo_shards
 from m2mkd_ds.bench.loader_readers import NOTES, ONE_PROCESS, OURS, Source, data_config, opener
 from m2mkd_ds.bench.loader_resume import resume_seconds, synthetic_index
-from m2mkd_ds.bench.loader_rows import LoaderRow, Range, make_row, verdicts
+from m2mkd_ds.bench.loader_rows import PEERS, LoaderRow, Range, make_row, verdicts
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.logs import Progress
 
@@ -103,14 +103,15 @@ class _Bench:
 
     def _cases(self) -> list[_Case]:
         recipes = ("crop", "randaugment") if self.options.augment else ("crop",)
+        readers = [reader for reader in self.options.readers if reader not in ONE_PROCESS]
+        # The limits depend neither on workers nor on the recipe.
+        limits = [_Case("crop", reader, 0) for reader in self.options.readers if reader in ONE_PROCESS]
         each = [(recipe, workers) for recipe in recipes for workers in sorted(self.options.workers)]
-        cases = [_Case(recipe, reader, workers) for recipe, workers in each for reader in self.options.readers]
-        # The limits do not depend on workers or recipe.
-        return [case for case in cases if case.reader not in ONE_PROCESS or (case.workers == 0 and case.recipe == "crop")]
+        return limits + [_Case(recipe, reader, workers) for recipe, workers in each for reader in readers]
 
     def _absent(self, case: _Case) -> str:
         num_shards = len(self.source.index.shards)
-        if case.reader in NOTES and case.reader not in (*OURS, *ONE_PROCESS) and case.workers > num_shards:
+        if case.reader in PEERS and case.workers > num_shards:
             return f"{num_shards} shards cannot be dealt to {case.workers} workers: it deals whole shards"
         return ""
 

@@ -47,11 +47,12 @@ def measure_pass(open_reader: Callable[[], Opened]) -> Pass:
     """Open the reader, take its first batch, then time one whole pass. Workers have ended when this returns."""
     gc.collect()
     _reset_peak_rss()
+    others = _children()
     started = time.perf_counter()
     opened = open_reader()
     opened.finish(next(iter(opened.batches)))
     first_batch_s = time.perf_counter() - started
-    workers = [process.pid for process in multiprocessing.active_children() if process.pid is not None]
+    workers = sorted(_children() - others)
     _wait_until_idle(workers)
     cpu_before, started, images = _cpu_s(workers), time.perf_counter(), 0
     for batch in opened.batches:
@@ -63,6 +64,11 @@ def measure_pass(open_reader: Callable[[], Opened]) -> Pass:
         gc.collect()  # the loader's last reference goes, and with it its workers
         _wait_until_gone(workers)
     return Pass(images, wall_s, cpu_s, first_batch_s, peak)
+
+
+def _children() -> set[int]:
+    """Processes that this one has started with multiprocessing and that have not ended."""
+    return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
 
 
 def _cpu_s(workers: list[int]) -> float:
@@ -89,7 +95,7 @@ def _wait_until_idle(workers: list[int]) -> None:
 def _wait_until_gone(workers: list[int]) -> None:
     """The next reader must have the machine to itself. Raises RuntimeError when workers stay."""
     deadline = time.monotonic() + IDLE_TIMEOUT_S
-    while any(process.pid in workers for process in multiprocessing.active_children()):
+    while not _children().isdisjoint(workers):
         if time.monotonic() > deadline:
             raise RuntimeError(f"bench loader: loader workers are still there {IDLE_TIMEOUT_S:.0f} s after their loader has gone")
         time.sleep(0.01)
