@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m2mkd_ds.bench.loader_plot import draw
-from m2mkd_ds.bench.loader_rows import LoaderRow, Range, Verdict, verdicts
+from m2mkd_ds.bench.loader_rows import PEERS, LoaderRow, Range, Verdict, verdicts
 from m2mkd_ds.checkpoint.atomic import replacing, write_json_atomic
 
 SCHEMA = "m2mkd bench loader 1"
@@ -24,7 +24,7 @@ COLUMNS: tuple[tuple[str, Callable[[LoaderRow], str]], ...] = (
     ("img/CPU-s", lambda row: _range(row.cpu_images_per_s, ".0f")),
     ("% of limit", lambda row: "" if row.percent_of_limit is None else f"{row.percent_of_limit:.0f}"),
     ("first batch s", lambda row: _range(row.first_batch_s, ".2f")),
-    ("resume s", lambda row: _range(row.resume_s, ".2f") or ("" if row.reader in ("decode_limit", "raw_read") else "n/a")),
+    ("resume s", lambda row: _range(row.resume_s, ".2f") or ("n/a" if row.reader in PEERS else "")),
     ("peak RSS MiB", lambda row: "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / (1 << 20):.0f}"),
 )
 
