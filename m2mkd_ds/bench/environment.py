@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 PACKAGES = ("torch", "triton", "deepspeed", "tutel", "scattermoe", "numpy")
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Plain data; None for what is not there."""
+def describe(device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Plain data; None for what is not there. `packages`: whose versions matter."""
     gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: _version(name) for name in packages},
         "cuda": torch.version.cuda if gpu else None,
         "driver": _driver() if gpu else None,
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_model(),

@@ -15,7 +15,7 @@ from pathlib import Path
 from m2mkd_ds import __version__
 
 from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, bench  # noqa: F401  # isort: skip  (they register, in this order)
-from m2mkd_ds.cli.app import app, out, shards_app
+from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
 
@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["shards"]:
             shards_app.cli(prog="m2mkd shards", description="Webdataset shards with an index.", args=arguments[1:])
+            return
+        if arguments[:1] == ["bench"]:
+            bench_app.cli(prog="m2mkd bench", description="Measurements against other projects.", args=arguments[1:])
             return
         app.cli(
             prog="m2mkd",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 app = SubcommandApp()
 shards_app = SubcommandApp()
 """The actions of `m2mkd shards`."""
+bench_app = SubcommandApp()
+"""What `m2mkd bench` measures."""
 
 Overrides = Annotated[
     tuple[str, ...],

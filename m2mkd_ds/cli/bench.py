@@ -1,4 +1,4 @@
-"""`m2mkd bench ...`: measurements against other projects."""
+"""`m2mkd bench experts | loader`: measurements against other projects."""
 
 from __future__ import annotations
 
@@ -7,12 +7,25 @@ from typing import Literal
 
 import tyro
 
+from m2mkd_ds.bench.loader_options import LoaderBench
 from m2mkd_ds.bench.options import ExpertBench
-from m2mkd_ds.cli.app import app, in_world
+from m2mkd_ds.cli.app import app, bench_app, in_world, out
+from m2mkd_ds.logs import setup_logging
 
 
 @app.command
-def bench(what: tyro.conf.Positional[Literal["experts"]], /, *, options: tyro.conf.OmitArgPrefixes[ExpertBench]) -> None:
+def bench(what: tyro.conf.Positional[Literal["experts", "loader"]], /) -> None:
+    """Measure against other projects: `m2mkd bench experts --help`, `m2mkd bench loader --help`.
+
+    Args:
+        what: experts: throughput of expert compute. loader: images a second of the input pipeline.
+    """
+    # `main` sends these words to `bench_app`; this entry is what `m2mkd --help` lists.
+    bench_app.cli(prog="m2mkd bench", args=[what])
+
+
+@bench_app.command
+def experts(options: tyro.conf.OmitArgPrefixes[ExpertBench]) -> None:
     """Measure expert compute against DeepSpeed's and Tutel's layers and a dense network, in one process and in turn.
 
     A first look, in a minute: m2mkd bench experts --level layer --tokens 394 --dim 384 --hidden 1536 --iters 5
@@ -22,7 +35,6 @@ def bench(what: tyro.conf.Positional[Literal["experts"]], /, *, options: tyro.co
     docs/benchmarks.md says how to read the result.
 
     Args:
-        what: experts: throughput of expert compute.
         options: Sizes, distributions, peers and how long to measure.
     """
     options.check()  # before the imports below, which take seconds
@@ -31,3 +43,25 @@ def bench(what: tyro.conf.Positional[Literal["experts"]], /, *, options: tyro.co
     if options.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     in_world(lambda world: run_experts(options, world))
+
+
+@bench_app.command
+def loader(options: tyro.conf.OmitArgPrefixes[LoaderBench]) -> None:
+    """Measure the input pipeline against plain webdataset, timm's reader and the decoder alone, on the same shards and in turn.
+
+    A first look, in half a minute: m2mkd bench loader --quick
+
+    docs/benchmarks.md says how to read the result.
+
+    Args:
+        options: Shards, batch, workers and how often to measure.
+    """
+    options.check()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("bench loader measures one process and its workers; start it without the launcher: m2mkd bench loader")
+    # Before torch starts its threads: every reader then works with one thread a process, as loader workers do.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from m2mkd_ds.bench.loader import run_loader
+
+    setup_logging()
+    out(run_loader(options))

@@ -179,6 +179,11 @@ class DeitOrder(_EpochOrders):
 
     def __init__(self, seed: int, shard_sizes: Sequence[int], *, layout: BatchLayout, repeats: int) -> None:
         super().__init__(shard_sizes)
+        if layout.origin:
+            raise ValueError(
+                f"repeat_mode=deit belongs to one global batch, but step 0 of this run lies at position {layout.origin}; "
+                "go on with the batch that the run began with"
+            )
         self.seed, self.layout, self.repeats = seed, layout, repeats
         world = layout.world
         per_rank = -(-self.num_samples * repeats // world)
