@@ -90,8 +90,9 @@ class DataConfig:
     """Folder on a local disk for shards that lie elsewhere, shared by the ranks of a host; empty: remote samples are read one by one."""
     cache_gb: float = 200.0
     """Most that the cache may hold, in 10^9 bytes; the shard unused for longest goes first."""
-    look_ahead: int = 4
-    """Shards that are fetched into the cache before they are needed."""
+    look_ahead: int = 16
+    """Shards that are fetched into the cache before they are needed; with order=block, at least order_window, and the cache should
+    hold both."""
     io_deadline_s: float = 300.0
     """How long one remote read is tried again, in seconds, before it counts as a bad sample."""
     allow_pipe: bool = False

@@ -116,7 +116,7 @@ class FastTrain:
 
     def _shift_into(self, data: bytes, out_HWC: Tensor) -> bool:
         """Returns whether Pillow had to decode."""
-        pixels, fallback = _all_pixels(self._decode_box, data, self.size)
+        pixels, fallback = _all_pixels(self._decode_box, data)
         whole_HWC = torch.empty_like(out_HWC)
         resize_into(pixels, whole_HWC, self._mode)
         _shift(whole_HWC, *self.parts.shift.draw(), out_HWC)
@@ -133,7 +133,7 @@ class FastEval:
 
     def file_into(self, data: bytes, out_HWC: Tensor) -> Drawn:
         """Decode, resize and crop the bytes of an image file into `out_HWC` (uint8). Raises SampleError(kind="undecodable")."""
-        pixels, fallback = _all_pixels(self._decode_box, data, self._short)
+        pixels, fallback = _all_pixels(self._decode_box, data)
         height, width = pixels.shape[:2]
         # torchvision's Resize: the shorter side exactly, the longer one rounded down.
         short, long = self._short, self._short * max(height, width) // min(height, width)
@@ -145,11 +145,11 @@ class FastEval:
         return Drawn(False, NO_ERASE, fallback)
 
 
-def _all_pixels(decode_box: BoxDecoder, data: bytes, side: int) -> tuple[np.ndarray, bool]:
-    """uint8 [h, w, 3] of the whole image, no side below `side` because of us, and whether Pillow had to decode."""
+def _all_pixels(decode_box: BoxDecoder, data: bytes) -> tuple[np.ndarray, bool]:
+    """uint8 [H, W, 3] of the whole image, and whether Pillow had to decode. At full scale: a score must not depend on a short cut."""
     head = jpeg_head(data)
     if head is not None:
-        pixels = decode_box(data, head, (0, 0, head.height, head.width), side, side)
+        pixels = decode_box(data, head, (0, 0, head.height, head.width), head.height, head.width)
         if pixels is not None:
             return pixels, False
     return pixels_of(rgb_image(data)), True

@@ -22,7 +22,9 @@ from m2mkd_ds.data.decode import decode
 from m2mkd_ds.data.device_ops import Finisher
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.look_ahead import LookAhead as ShardLookAhead
 from m2mkd_ds.data.plan import BatchLayout, num_eval_batches
+from m2mkd_ds.data.remote_files import CachedFiles
 from m2mkd_ds.data.shard_files import Access
 
 __all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]
@@ -72,7 +74,8 @@ class TrainLoader:
 
     Pixels, targets and order are a function of (seed, index, data, layout): the same for any number of workers, and a
     loader started at step s gives exactly what an uninterrupted one gives from s on. `origin`: position of the stream that
-    step 0 begins at (BatchLayout.origin), for a run that goes on with another global batch. `look_ahead` hears of every batch.
+    step 0 begins at (BatchLayout.origin), for a run that goes on with another global batch. `look_ahead` hears of every batch;
+    by default that is who fills the cache of shards that lie elsewhere.
     Damaged samples are replaced and listed in `ImageBatch.bad`. Raises ValueError for impossible layouts. Iterating raises
     SampleError where augmentation fails or no substitute can be read.
     """
@@ -101,6 +104,8 @@ class TrainLoader:
         batches = TrainBatches(index, data, seed=seed, layout=layout, rank=rank)
         batches.mixer.check(micro_batch_size)
         self.layout, self.index, self.order = layout, index, batches.order
+        if look_ahead is None and isinstance(index.files, CachedFiles):
+            look_ahead = ShardLookAhead(self.order, index.files, index.access.look_ahead)
         self._rank, self._look_ahead = rank, look_ahead
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
         self._loader = _loader(batches, self._numbers, data.num_workers, device)
@@ -115,6 +120,10 @@ class TrainLoader:
         if self._numbers:
             self._advance(self._numbers[0])
         return self._finished(_received(iter(self._loader)))
+
+    def close(self) -> None:
+        """Fetch no more shards ahead. Workers end with the iterator."""
+        self.index.files.expect(())
 
     def _finished(self, received: Iterator[tuple[WorkerBatch, float]]) -> Iterator[ImageBatch]:
         for number, (batch, wait_s) in zip(self._numbers, received, strict=True):
@@ -201,12 +210,13 @@ def _received(items: Iterator[WorkerBatch | SampleError]) -> Iterator[tuple[Work
         began = time.monotonic()
         try:
             item = next(items, None)
-        except RuntimeError as err:
-            if "DataLoader worker" not in str(err) or "Traceback" in str(err):
+        except (RuntimeError, EOFError, ConnectionError) as err:
+            # A batch is fetched from the memory of its worker: from a dead one, that ends early or is refused.
+            if isinstance(err, RuntimeError) and ("DataLoader worker" not in str(err) or "Traceback" in str(err)):
                 raise
             raise RuntimeError(
-                f"a process of data.num_workers ended by itself ({err}); if it was killed, the host ran out of memory (dmesg says so): "
-                "set data.num_workers lower, or give the job more memory and /dev/shm"
+                f"a process of data.num_workers ended by itself ({err or type(err).__name__}); if it was killed, the host "
+                "ran out of memory (dmesg says so): set data.num_workers lower, or give the job more memory and /dev/shm"
             ) from err
         if item is None:
             return

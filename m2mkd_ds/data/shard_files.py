@@ -26,7 +26,7 @@ class Access:
 
     cache_dir: str = ""
     cache_gb: float = 200.0
-    look_ahead: int = 4
+    look_ahead: int = 16
     deadline_s: float = 300.0
     allow_pipe: bool = False
 

@@ -29,6 +29,7 @@ class ColocatedFeed:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        self._loader = loader
         self._batches: Iterator[ImageBatch] = iter(loader)
         self._pairs = {pair.index: pair for pair in pairs}
         self._meta = meta
@@ -60,4 +61,5 @@ class ColocatedFeed:
 
     def close(self) -> None:
         """Stop the loader's workers."""
+        self._loader.close()
         self._batches = iter(())  # the last reference to the loader's iterator, whose workers end with it

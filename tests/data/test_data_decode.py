@@ -141,9 +141,9 @@ def pixels_of_both(scale: int, *, evaluation: bool = False) -> list[tuple[np.nda
     return pairs
 
 
-@pytest.mark.parametrize("evaluation", [False, True])
-def test_fast_pixels_of_photos_differ_by_rounding_where_the_whole_size_is_decoded(evaluation: bool) -> None:
-    for pil_HWC, fast_HWC in pixels_of_both(1, evaluation=evaluation):
+@pytest.mark.parametrize(("scale", "evaluation"), [(1, False), (1, True), (3, True)])
+def test_fast_pixels_of_photos_differ_by_rounding_where_the_whole_size_is_decoded(scale: int, evaluation: bool) -> None:
+    for pil_HWC, fast_HWC in pixels_of_both(scale, evaluation=evaluation):
         difference = np.abs(pil_HWC - fast_HWC)
         assert difference.max() <= 2 and difference.mean() < 0.05 and psnr(pil_HWC, fast_HWC) > 60
 
