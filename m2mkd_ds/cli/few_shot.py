@@ -74,7 +74,7 @@ def few_shot(
     if query and not support:
         raise ConfigError("--query needs --support: give both folders, or none for the run's own shards")
     if not is_run and not support:
-        raise ConfigError(f"{path}: few-shot on an exported folder needs --support SHARDS (a folder with index.json)")
+        raise ConfigError(f"{path}: few-shot on an exported folder needs --support SHARDS (a folder or URL with index.json)")
     if is_run and not support:
         data = load(path / "config.yaml").data
         support, query = data.train, data.validation

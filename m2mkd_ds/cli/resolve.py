@@ -24,15 +24,17 @@ def resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence[
     resolved = apply_overrides(resolved, list(overrides))
     home = config.parent if config is not None and config.name == "config.yaml" else resolved.run_dir
     folder = Path(run_dir or home or f"runs/{resolved.name}").resolve()
+    from m2mkd_ds.data.addresses import absolute
+
     data = resolved.data
     if not data.train and not data.validation and data.source:
         shards = folder.parent / "shards" / data.source
         data = replace(data, train=str(shards / "train"), validation=str(shards / "validation"))
     else:
-        data = replace(data, train=_absolute(data.train), validation=_absolute(data.validation))
+        data = replace(data, train=absolute(data.train), validation=absolute(data.validation))
     teacher = resolved.teacher
     if teacher.weights not in ("", "timm"):
-        teacher = replace(teacher, weights=_absolute(teacher.weights))
+        teacher = replace(teacher, weights=str(Path(teacher.weights).resolve()))
     return replace(resolved, run_dir=str(folder), data=data, teacher=teacher)
 
 
@@ -51,14 +53,12 @@ def cut_evenly(config: RunConfig, modules: int) -> RunConfig:
     )
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if path else ""
-
-
 def ensure_shards(config: RunConfig) -> RunConfig:
     """Make the shards of a recipe's named source when they are not there yet."""
+    from m2mkd_ds.data.addresses import is_remote
+
     home = Path(config.data.train).parent
-    if config.data.source and not (Path(config.data.train) / "index.json").is_file():
+    if config.data.source and not is_remote(config.data.train) and not (Path(config.data.train) / "index.json").is_file():
         from m2mkd_ds.data.processes import default_workers
         from m2mkd_ds.data.sources import make_source
 

@@ -16,14 +16,14 @@ from m2mkd_ds.logs import setup_logging
 
 
 @app.command(name="eval")
-def evaluate(path: tyro.conf.Positional[Path], /, *, validation: Path | None = None, batch_size: int = 256) -> None:
+def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch_size: int = 256) -> None:
     """Evaluate on every validation image exactly once: a run (all its models), one weights file of a run, or an exported folder.
 
     Under the launcher the images are shared out over the ranks: deepspeed --num_gpus 2 --module m2mkd_ds eval RUN.
 
     Args:
         path: Run folder (holds config.yaml), a .safetensors file in it, or an exported Hugging Face folder (holds config.json).
-        validation: Shards to use instead of the run's own (the run's results stay as they are); needed for an exported folder.
+        validation: Shards (folder or URL) to use instead of the run's own, whose results stay as they are; needed for an exported folder.
         batch_size: Images a forward pass, for an exported folder.
     """
     setup_logging()
@@ -33,17 +33,19 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: Path | None = N
         in_world(lambda world: evaluate_weights(path, world, validation))
     elif (path / "config.yaml").is_file():
         config = replace(load(path / "config.yaml"), run_dir=str(path.resolve()))
-        if validation is None:
+        if not validation:
             from m2mkd_ds.train.run_phase import run_phases
 
             run_phases(config, ["evaluate"])
             print_results(path)
         else:
-            _evaluate_elsewhere(replace(config, data=replace(config.data, validation=str(validation.resolve()))))
+            from m2mkd_ds.data.addresses import absolute
+
+            _evaluate_elsewhere(replace(config, data=replace(config.data, validation=absolute(validation))))
     elif (path / "config.json").is_file():
         from m2mkd_ds.train.evaluate_export import evaluate_export
 
-        if validation is None:
+        if not validation:
             raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder with index.json)")
         in_world(lambda world: evaluate_export(path, validation, batch_size, world))
     else:

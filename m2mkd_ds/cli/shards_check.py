@@ -85,7 +85,7 @@ def _read_names(path: Path) -> tuple[str, ...]:
 
 @shards_app.command
 def verify(
-    folder: tyro.conf.Positional[Path],
+    folder: tyro.conf.Positional[str],
     /,
     *,
     decode: bool = True,
@@ -95,7 +95,7 @@ def verify(
     """Read everything again: SHA-256 of every shard, CRC-32, label and pixels of every sample. Exit code 1 when anything is wrong.
 
     Args:
-        folder: Folder with index.json.
+        folder: Folder or URL that holds index.json.
         decode: Decode every image (--no-decode: checksums and labels only).
         report: File for all faults, one JSON object a line: kind, shard, key, message, sample.
         workers: Processes; 0: one a CPU core, at most 8.
@@ -142,7 +142,7 @@ def verify_text(reports: list[ShardReport]) -> str:
 
 @shards_app.command
 def info(
-    folder: tyro.conf.Positional[Path],
+    folder: tyro.conf.Positional[str],
     /,
     *,
     classes: bool = False,
@@ -153,7 +153,7 @@ def info(
     """Say what a folder of shards holds.
 
     Args:
-        folder: Folder with index.json.
+        folder: Folder or URL that holds index.json.
         classes: List every class with its number of images.
         sheet: PNG file for a contact sheet of 100 samples.
         seed: Chooses the samples of the sheet, and the images that are opened to learn their sizes.

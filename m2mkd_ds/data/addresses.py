@@ -46,6 +46,11 @@ def local_path(address: str) -> Path:
     return Path(unquote(parts.path))
 
 
+def absolute(address: str) -> str:
+    """A path made absolute, so that it means the same from any folder; other addresses, and the empty one, as they are."""
+    return address if is_remote(address) or not address else str(local_path(address).resolve())
+
+
 def join(base: str, name: str) -> str:
     """The address of the file `name` below `base`; a query string stays at the end. In a command the name is quoted for the shell."""
     kind = scheme(base)

@@ -20,7 +20,7 @@ from m2mkd_ds.train.evaluate import evaluate
 from m2mkd_ds.train.phases.jobs import scored
 
 
-def evaluate_export(folder: Path, validation: Path, batch_size: int, world: World) -> str:
+def evaluate_export(folder: Path, validation: str, batch_size: int, world: World) -> str:
     """Score the folder on the shards and return the numbers as JSON text. Raises ConfigError when the class counts differ."""
     exported = load_exported(folder)
     index = ShardIndex.load(validation)

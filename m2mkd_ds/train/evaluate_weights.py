@@ -14,6 +14,7 @@ import torch
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights
 from m2mkd_ds.config import ConfigError, RunConfig, load
+from m2mkd_ds.data.addresses import absolute
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair, stitch_specs
 from m2mkd_ds.distributed.world import World
@@ -34,12 +35,12 @@ def find_run(file: Path) -> Path:
     raise ConfigError(f"{file}: no config.yaml in a folder above it, so it is not known what model it is; move it back into its run folder")
 
 
-def evaluate_weights(file: Path, world: World, validation: Path | None) -> str:
+def evaluate_weights(file: Path, world: World, validation: str) -> str:
     """Score the file on the run's validation shards (or on `validation`); numbers as JSON text, the same on every rank."""
     run = find_run(file)
     config: RunConfig = replace(load(run / "config.yaml"), run_dir=str(run))
-    if validation is not None:
-        config = replace(config, data=replace(config.data, validation=str(validation.resolve())))
+    if validation:
+        config = replace(config, data=replace(config.data, validation=absolute(validation)))
     ctx = open_run(config, world)
     told = read_metadata(file)
     phase, pair = told.get("phase", ""), told.get("pair")
