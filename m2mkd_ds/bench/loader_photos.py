@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.write import write_shards
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 92
 """ImageNet's most frequent size."""

@@ -24,7 +24,7 @@ def resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence[
     resolved = apply_overrides(resolved, list(overrides))
     home = config.parent if config is not None and config.name == "config.yaml" else resolved.run_dir
     folder = Path(run_dir or home or f"runs/{resolved.name}").resolve()
-    from m2mkd_ds.data.addresses import absolute
+    from m2mkd_ds.data.remote.addresses import absolute
 
     data = resolved.data
     if not data.train and not data.validation and data.source:
@@ -55,12 +55,12 @@ def cut_evenly(config: RunConfig, modules: int) -> RunConfig:
 
 def ensure_shards(config: RunConfig) -> RunConfig:
     """Make the shards of a recipe's named source when they are not there yet."""
-    from m2mkd_ds.data.addresses import is_remote
+    from m2mkd_ds.data.remote.addresses import is_remote
 
     home = Path(config.data.train).parent
     if config.data.source and not is_remote(config.data.train) and not (Path(config.data.train) / "index.json").is_file():
-        from m2mkd_ds.data.processes import default_workers
-        from m2mkd_ds.data.sources import make_source
+        from m2mkd_ds.data.shards.processes import default_workers
+        from m2mkd_ds.data.sources.registry import make_source
 
         logger.info("making shards of %s in %s", config.data.source, home)
         make_source(config.data.source, home, workers=default_workers())

@@ -39,7 +39,7 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch
             run_phases(config, ["evaluate"])
             print_results(path)
         else:
-            from m2mkd_ds.data.addresses import absolute
+            from m2mkd_ds.data.remote.addresses import absolute
 
             _evaluate_elsewhere(replace(config, data=replace(config.data, validation=absolute(validation))))
     elif (path / "config.json").is_file():

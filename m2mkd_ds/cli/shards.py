@@ -66,8 +66,8 @@ def write(
         options: What single sources take.
     """
     from m2mkd_ds.data.errors import ShardError
-    from m2mkd_ds.data.processes import default_workers
-    from m2mkd_ds.data.sources import make_source
+    from m2mkd_ds.data.shards.processes import default_workers
+    from m2mkd_ds.data.sources.registry import make_source
 
     setup_logging()
     if quality is not None and not resize_short:

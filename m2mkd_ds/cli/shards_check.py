@@ -13,7 +13,7 @@ from m2mkd_ds.cli.app import out, shards_app
 from m2mkd_ds.logs import setup_logging
 
 if TYPE_CHECKING:
-    from m2mkd_ds.data.verify import ShardReport
+    from m2mkd_ds.data.shards.verify import ShardReport
 
 _MAX_LINES = 20
 
@@ -47,7 +47,7 @@ def index(
         license: Licence of the images, for the index.
         workers: Processes; 0: one a CPU core, at most 8.
     """
-    from m2mkd_ds.data.foreign import IndexRequest, index_shards
+    from m2mkd_ds.data.shards.foreign import IndexRequest, index_shards
 
     setup_logging()
     request = IndexRequest(
@@ -67,7 +67,7 @@ def index(
 
 def _read_names(path: Path) -> tuple[str, ...]:
     from m2mkd_ds.data.errors import ShardError
-    from m2mkd_ds.data.interop import class_list
+    from m2mkd_ds.data.shards.interop import class_list
 
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
@@ -101,8 +101,8 @@ def verify(
         workers: Processes; 0: one a CPU core, at most 8.
     """
     from m2mkd_ds.data.atomic import AtomicFile
-    from m2mkd_ds.data.foreign import fault_line
-    from m2mkd_ds.data.verify import verify_shards
+    from m2mkd_ds.data.shards.foreign import fault_line
+    from m2mkd_ds.data.shards.verify import verify_shards
 
     setup_logging()
     reports = verify_shards(folder, workers=workers, decode=decode)
@@ -159,9 +159,9 @@ def info(
         seed: Chooses the samples of the sheet, and the images that are opened to learn their sizes.
         json: Print JSON.
     """
-    from m2mkd_ds.data.contact_sheet import write_contact_sheet
     from m2mkd_ds.data.index import ShardIndex
-    from m2mkd_ds.data.summary import summarize, summary_json, summary_text
+    from m2mkd_ds.data.shards.contact_sheet import write_contact_sheet
+    from m2mkd_ds.data.shards.summary import summarize, summary_json, summary_text
 
     loaded = ShardIndex.load(folder)
     summary = summarize(loaded, seed=seed)

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from m2mkd_ds.data.addresses import is_remote, join, local_path, redact, resolve_base
 from m2mkd_ds.data.atomic import AtomicFile, file_sha256
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.remote_files import CachedFiles, RangeFiles, check_base, open_files
-from m2mkd_ds.data.remote_index import local_copy
+from m2mkd_ds.data.remote.addresses import is_remote, join, local_path, redact, resolve_base
+from m2mkd_ds.data.remote.files import CachedFiles, RangeFiles, check_base, open_files
+from m2mkd_ds.data.remote.index_copy import local_copy
 from m2mkd_ds.data.shard_files import Access, ShardFiles
 
 FORMAT = "m2mkd-shards-1"

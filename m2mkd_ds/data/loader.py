@@ -22,9 +22,9 @@ from m2mkd_ds.data.decode import decode
 from m2mkd_ds.data.device_ops import Finisher
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.look_ahead import LookAhead as ShardLookAhead
 from m2mkd_ds.data.plan import BatchLayout, num_eval_batches
-from m2mkd_ds.data.remote_files import CachedFiles
+from m2mkd_ds.data.remote.files import CachedFiles
+from m2mkd_ds.data.remote.look_ahead import LookAhead as ShardLookAhead
 from m2mkd_ds.data.shard_files import Access
 
 __all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]

@@ -14,7 +14,7 @@ import torch
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights
 from m2mkd_ds.config import ConfigError, RunConfig, load
-from m2mkd_ds.data.addresses import absolute
+from m2mkd_ds.data.remote.addresses import absolute
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair, stitch_specs
 from m2mkd_ds.distributed.world import World

@@ -19,7 +19,7 @@ from m2mkd_ds.cli.resolve import ensure_shards, resolve
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.source_options import SOURCE_USES, SourceName, SourceOptions, check_options
-from m2mkd_ds.data.sources import SOURCES, encode_png
+from m2mkd_ds.data.sources.registry import SOURCES, encode_png
 
 
 class Ended(NamedTuple):

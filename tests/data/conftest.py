@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.sources import make_source
+from m2mkd_ds.data.sources.registry import make_source
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2mkd_ds.data.addresses import holds_secret, is_remote, join, local_path, redact, resolve_base, scheme, scrub
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import table_dtype, write_index
+from m2mkd_ds.data.remote.addresses import holds_secret, is_remote, join, local_path, redact, resolve_base, scheme, scrub
 
 
 @pytest.mark.parametrize(

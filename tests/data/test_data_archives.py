@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.data.archives import archive_files, fetch, fetch_text, unpack
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.icon_sets import fetch_package
+from m2mkd_ds.data.sources.archives import archive_files, fetch, fetch_text, unpack
+from m2mkd_ds.data.sources.icon_sets import fetch_package
 
 
 class Server:

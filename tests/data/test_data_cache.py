@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.data.cache import ShardCache, Wanted
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.remote_files import CachedFiles
+from m2mkd_ds.data.remote.cache import ShardCache, Wanted
+from m2mkd_ds.data.remote.files import CachedFiles
 from m2mkd_ds.data.shard_files import Access
 from tests.data.faulty_server import FaultyServer, cut, flipped, serving, slow, stall, status
 
@@ -283,7 +283,7 @@ def test_a_killed_fetch_leaves_only_what_the_next_user_removes(server: FaultySer
 FULL = """
 import resource, sys
 from pathlib import Path
-from m2mkd_ds.data.cache import ShardCache
+from m2mkd_ds.data.remote.cache import ShardCache
 from tests.data.test_data_cache import body, names, wanted
 data = body(0)
 def until_full():

@@ -14,10 +14,10 @@ import pytest
 from webdataset import ShardWriter
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.foreign import IndexRequest, index_shards
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.data.shard_list import ShardStream, list_shards, open_shard_stream
+from m2mkd_ds.data.shards.foreign import IndexRequest, index_shards
+from m2mkd_ds.data.shards.shard_list import ShardStream, list_shards, open_shard_stream
 from tests.data.tar_files import image_file, image_members, make_tar
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.http_transport import HttpClient, Refused, is_hugging_face
-from m2mkd_ds.data.remote import open_stream
-from m2mkd_ds.data.remote_files import RangeFiles
+from m2mkd_ds.data.remote.files import RangeFiles
+from m2mkd_ds.data.remote.http_transport import HttpClient, Refused, is_hugging_face
+from m2mkd_ds.data.remote.transports import open_stream
 from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.logs import logger
 from tests.data.faulty_server import Fault, FaultyServer, cut, redirect, reset, serving, slow, stall, status, wrong_range

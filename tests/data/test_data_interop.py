@@ -16,10 +16,10 @@ from timm.data import create_dataset
 from timm.data.readers.reader_wds import ReaderWds
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.foreign import IndexRequest, index_shards
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.interop import class_list, parse_info, write_interop
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.foreign import IndexRequest, index_shards
+from m2mkd_ds.data.shards.interop import class_list, parse_info, write_interop
+from m2mkd_ds.data.shards.write import write_shards
 from tests.data.tar_files import image_file, image_members, make_tar
 
 

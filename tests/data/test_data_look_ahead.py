@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from m2mkd_ds.data.look_ahead import LookAhead
 from m2mkd_ds.data.order import StreamOrder
+from m2mkd_ds.data.remote.look_ahead import LookAhead
 
 
 class Listening:

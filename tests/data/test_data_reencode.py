@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.reencode import Reencoder
-from m2mkd_ds.data.sources import make_source
+from m2mkd_ds.data.shards.reencode import Reencoder
+from m2mkd_ds.data.sources.registry import make_source
 
 GRADIENT_HW = np.add.outer(np.arange(60), 2 * np.arange(90)).astype(np.uint8)
 """60 high, 90 wide, values 0 to 237; smooth, so that JPEG keeps it."""

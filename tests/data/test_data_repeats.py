@@ -17,8 +17,8 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import ImageBatch, TrainLoader
 from m2mkd_ds.data.order import DeitOrder, StreamOrder, make_order
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.data.sources import encode_png
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.write import write_shards
+from m2mkd_ds.data.sources.registry import encode_png
 
 SHIFTED = AugmentConfig(crop_scale=(1.0, 1.0), repeats=3)
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.scan import ShardFault, ShardRow, ShardScan, make_table, scan_samples, scan_shard, scan_stream, split_name
-from m2mkd_ds.data.tar_stream import SummedReader
+from m2mkd_ds.data.shards.scan import ShardFault, ShardRow, ShardScan, make_table, scan_samples, scan_shard, scan_stream, split_name
+from m2mkd_ds.data.shards.tar_stream import SummedReader
 from tests.data.tar_files import image_members, make_tar
 
 

@@ -19,10 +19,10 @@ import webdataset
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.samples import Sample
-from m2mkd_ds.data.scan import scan_shard
 from m2mkd_ds.data.shard_files import MAX_OPEN_SHARDS
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.scan import scan_shard
+from m2mkd_ds.data.shards.write import write_shards
+from m2mkd_ds.data.sources.samples import Sample
 
 Samples = list[tuple[bytes, str, int, str]]
 

@@ -20,8 +20,8 @@ from m2mkd_ds.config import AugmentConfig, DataConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.shard_files import MAX_OPEN_SHARDS
-from m2mkd_ds.data.sources import encode_png
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.write import write_shards
+from m2mkd_ds.data.sources.registry import encode_png
 
 EPOCHS = 20
 WARM_UP = 4

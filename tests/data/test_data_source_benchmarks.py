@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2mkd_ds.data import cifar100
+from m2mkd_ds.data.sources import cifar100
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.sources import encode_png, make_source
+from m2mkd_ds.data.sources.registry import encode_png, make_source
 
 
 def cifar_archive(path: Path, files: dict[str, bytes]) -> Path:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.source_options import SourceOptions
-from m2mkd_ds.data.sources import SOURCES, make_source
+from m2mkd_ds.data.sources.registry import SOURCES, make_source
 
 NAMES = ("ant", "bee", "cat")
 FORMATS = ("JPEG", "PNG", "WEBP")

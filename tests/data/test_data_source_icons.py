@@ -14,11 +14,11 @@ import scipy.fft
 from PIL import Image, ImageDraw
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.icon_sets import Icon, choose, class_of, read_sets
-from m2mkd_ds.data.icons import hold_out_sets
-from m2mkd_ds.data.near_duplicates import distinct, perceptual_hashes
 from m2mkd_ds.data.source_options import SourceOptions
-from m2mkd_ds.data.sources import make_source
+from m2mkd_ds.data.sources.icon_sets import Icon, choose, class_of, read_sets
+from m2mkd_ds.data.sources.icons import hold_out_sets
+from m2mkd_ds.data.sources.near_duplicates import distinct, perceptual_hashes
+from m2mkd_ds.data.sources.registry import make_source
 
 CIRCLE = '<circle cx="{x}" cy="12" r="{r}" fill="currentColor"/>'
 BOX = '<rect x="{x}" y="4" width="{r}" height="{r}" fill="currentColor"/>'

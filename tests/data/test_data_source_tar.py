@@ -13,8 +13,8 @@ import pytest
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.source_options import SourceOptions
-from m2mkd_ds.data.sources import make_source
-from m2mkd_ds.data.tars import expand
+from m2mkd_ds.data.sources.registry import make_source
+from m2mkd_ds.data.sources.tars import expand
 
 EXTENSIONS = ("JPEG", "png", "webp", "jpg")
 

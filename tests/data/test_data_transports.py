@@ -13,8 +13,8 @@ import fsspec
 import pytest
 
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.remote import http_client, open_stream, open_transport
-from m2mkd_ds.data.remote_files import CachedFiles, RangeFiles, open_files
+from m2mkd_ds.data.remote.files import CachedFiles, RangeFiles, open_files
+from m2mkd_ds.data.remote.transports import http_client, open_stream, open_transport
 from m2mkd_ds.data.shard_files import Access, LocalFiles
 from tests.data.faulty_server import serving
 
@@ -160,7 +160,7 @@ def test_fsspec_says_what_is_missing(memory: str) -> None:
 def test_a_missing_package_says_how_to_install_it() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from m2mkd_ds.data.remote import open_stream\nfrom m2mkd_ds.data.shard_files import Access\n"
+        "from m2mkd_ds.data.remote.transports import open_stream\nfrom m2mkd_ds.data.shard_files import Access\n"
         "try:\n    open_stream('s3://bucket/a.tar', Access())\nexcept ValueError as err:\n    print(err)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2mkd_ds.data.contact_sheet import CAPTION, GAP, TILE, contact_sheet, sheet_samples, write_contact_sheet
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.foreign import IndexRequest, index_shards
 from m2mkd_ds.data.index import ShardIndex, write_index
-from m2mkd_ds.data.scan import ShardFault
-from m2mkd_ds.data.summary import summarize, summary_json, summary_text
-from m2mkd_ds.data.verify import ShardReport, image_fault, verify_shards
+from m2mkd_ds.data.shards.contact_sheet import CAPTION, GAP, TILE, contact_sheet, sheet_samples, write_contact_sheet
+from m2mkd_ds.data.shards.foreign import IndexRequest, index_shards
+from m2mkd_ds.data.shards.scan import ShardFault
+from m2mkd_ds.data.shards.summary import summarize, summary_json, summary_text
+from m2mkd_ds.data.shards.verify import ShardReport, image_fault, verify_shards
 from tests.data.tar_files import image_file, image_members, make_tar
 
 

@@ -20,9 +20,9 @@ import pytest
 
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.processes import default_workers
-from m2mkd_ds.data.samples import ArrayImages, FileImages, Sample, encode_png
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.processes import default_workers
+from m2mkd_ds.data.shards.write import write_shards
+from m2mkd_ds.data.sources.samples import ArrayImages, FileImages, Sample, encode_png
 
 JOB = Path(__file__).parent / "write_job.py"
 

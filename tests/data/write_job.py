@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from m2mkd_ds.data.samples import Sample
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.write import write_shards
+from m2mkd_ds.data.sources.samples import Sample
 
 SHARDS, PER_SHARD = 12, 20
 TOTAL = SHARDS * PER_SHARD

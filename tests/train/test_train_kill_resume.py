@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 from m2mkd_ds.config import apply_overrides, load
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.sources import encode_png
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.shards.write import write_shards
+from m2mkd_ds.data.sources.registry import encode_png
 from m2mkd_ds.logs import read_metrics
 from m2mkd_ds.train.pipeline import run_pipeline, write_config
 from tests.launching import free_port, kill_group, launch, launcher_command, rank_environment

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2mkd_ds.data.sources import make_source
+from m2mkd_ds.data.sources.registry import make_source
 from tests.launching import launch
 from tests.train import train_job
 

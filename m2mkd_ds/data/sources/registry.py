@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from m2mkd_ds.data.atomic import AtomicFile
-from m2mkd_ds.data.cifar100 import cifar100
-from m2mkd_ds.data.cub import cub
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.fashion_mnist import CLASS_NAMES, PINNED_SHA256, fashion_mnist_arrays
-from m2mkd_ds.data.hf_dataset import hf_dataset
-from m2mkd_ds.data.icons import icons
-from m2mkd_ds.data.image_folder import image_folder
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.interop import INFO_NAME, write_interop
-from m2mkd_ds.data.samples import ArrayImages, ImageSource, ImageSplit, encode_png, stratified_split
+from m2mkd_ds.data.shards.interop import INFO_NAME, write_interop
+from m2mkd_ds.data.shards.write import write_shards
 from m2mkd_ds.data.source_options import SourceName, SourceOptions, check_options
-from m2mkd_ds.data.tars import tars
-from m2mkd_ds.data.write import write_shards
+from m2mkd_ds.data.sources.cifar100 import cifar100
+from m2mkd_ds.data.sources.cub import cub
+from m2mkd_ds.data.sources.fashion_mnist import CLASS_NAMES, PINNED_SHA256, fashion_mnist_arrays
+from m2mkd_ds.data.sources.hf_dataset import hf_dataset
+from m2mkd_ds.data.sources.icons import icons
+from m2mkd_ds.data.sources.image_folder import image_folder
+from m2mkd_ds.data.sources.samples import ArrayImages, ImageSource, ImageSplit, encode_png, stratified_split
+from m2mkd_ds.data.sources.tars import tars
 
 __all__ = ["SOURCES", "digits", "encode_png", "fashion_mnist", "image_folder", "make_source", "stratified_split"]
 

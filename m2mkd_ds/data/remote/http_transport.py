@@ -18,9 +18,9 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from m2mkd_ds.data.addresses import redact, scrub
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.retry import TemporaryFault
+from m2mkd_ds.data.remote.addresses import redact, scrub
+from m2mkd_ds.data.remote.retry import TemporaryFault
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from m2mkd_ds.data.addresses import join
 from m2mkd_ds.data.index import ShardIndex, ShardRecord
-from m2mkd_ds.data.scan import BROKEN_OFF, ShardFault, ShardRow, ShardScan, scan_samples
+from m2mkd_ds.data.remote.addresses import join
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.data.shard_list import OpenShard, open_shard_stream, opened
-from m2mkd_ds.data.shard_pool import map_shards
-from m2mkd_ds.data.tar_stream import ForwardFile, SummedReader
+from m2mkd_ds.data.shards.scan import BROKEN_OFF, ShardFault, ShardRow, ShardScan, scan_samples
+from m2mkd_ds.data.shards.shard_list import OpenShard, open_shard_stream, opened
+from m2mkd_ds.data.shards.shard_pool import map_shards
+from m2mkd_ds.data.shards.tar_stream import ForwardFile, SummedReader
 
 _UNDECODABLE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError,

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from m2mkd_ds.data.addresses import join, redact, scheme
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.remote import chunks, http_client, open_transport
-from m2mkd_ds.data.retry import Retrier
+from m2mkd_ds.data.remote.addresses import join, redact, scheme
+from m2mkd_ds.data.remote.retry import Retrier
+from m2mkd_ds.data.remote.transports import chunks, http_client, open_transport
 from m2mkd_ds.data.shard_files import Access
 
 MAX_JSON_BYTES = 1 << 28

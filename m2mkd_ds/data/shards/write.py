@@ -26,13 +26,13 @@ from typing import Any
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import FORMAT, INDEX_NAME, TABLE_NAME, ShardIndex, write_index
-from m2mkd_ds.data.interop import write_interop
 from m2mkd_ds.data.order import permutation
-from m2mkd_ds.data.reencode import Reencoder
-from m2mkd_ds.data.samples import ListSamples, Samples
-from m2mkd_ds.data.scan import make_table
-from m2mkd_ds.data.shard_task import KEY_RULE, ShardDone, ShardTask
-from m2mkd_ds.data.write_pool import write_all
+from m2mkd_ds.data.shards.interop import write_interop
+from m2mkd_ds.data.shards.reencode import Reencoder
+from m2mkd_ds.data.shards.scan import make_table
+from m2mkd_ds.data.shards.shard_task import KEY_RULE, ShardDone, ShardTask
+from m2mkd_ds.data.shards.write_pool import write_all
+from m2mkd_ds.data.sources.samples import ListSamples, Samples
 from m2mkd_ds.logs import Progress
 
 logger = logging.getLogger("m2mkd_ds")

@@ -18,9 +18,9 @@ from webdataset import TarWriter
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardRecord
-from m2mkd_ds.data.reencode import Reencoder
-from m2mkd_ds.data.samples import Sample, Samples
-from m2mkd_ds.data.scan import READABLE_EXTENSIONS, ShardRow, scan_shard
+from m2mkd_ds.data.shards.reencode import Reencoder
+from m2mkd_ds.data.shards.scan import READABLE_EXTENSIONS, ShardRow, scan_shard
+from m2mkd_ds.data.sources.samples import Sample, Samples
 
 MAX_KEY_LENGTH = 90
 """A tar header of the plain (ustar) kind has 100 bytes for KEY.json."""

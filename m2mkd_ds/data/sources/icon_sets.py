@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds.data.archives import archive_files, fetch, fetch_text
 from m2mkd_ds.data.errors import ShardError
+from m2mkd_ds.data.sources.archives import archive_files, fetch, fetch_text
 
 PACKAGE = "@iconify/json"
 VERSION = "2.2.535"

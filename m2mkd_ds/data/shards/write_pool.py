@@ -12,8 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.processes import end_with_parent
-from m2mkd_ds.data.shard_task import ShardDone, ShardTask, write_shard
+from m2mkd_ds.data.shards.processes import end_with_parent
+from m2mkd_ds.data.shards.shard_task import ShardDone, ShardTask, write_shard
 
 POLL_S = 0.5
 

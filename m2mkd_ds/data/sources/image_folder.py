@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.samples import FileImages, ImageSource, ImageSplit, stat_hash, stratified_split
+from m2mkd_ds.data.sources.samples import FileImages, ImageSource, ImageSplit, stat_hash, stratified_split
 
 VALIDATION_SHARE = 0.1
 LAYOUT = "image_folder needs ROOT/CLASS/*.jpg or ROOT/train/CLASS/*.jpg"

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.icon_sets import PACKAGE, Icon, IconSet, choose, find_package, read_sets
-from m2mkd_ds.data.near_duplicates import distinct
 from m2mkd_ds.data.order import permutation
-from m2mkd_ds.data.samples import ImageSource, ImageSplit, ListSamples, Sample, encode_png
 from m2mkd_ds.data.source_options import SourceOptions
+from m2mkd_ds.data.sources.icon_sets import PACKAGE, Icon, IconSet, choose, find_package, read_sets
+from m2mkd_ds.data.sources.near_duplicates import distinct
+from m2mkd_ds.data.sources.samples import ImageSource, ImageSplit, ListSamples, Sample, encode_png
 from m2mkd_ds.logs import progress
 
 logger = logging.getLogger("m2mkd_ds")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from m2mkd_ds.data.archives import unpack
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.samples import FileImages, ImageSource, ImageSplit, stat_hash
 from m2mkd_ds.data.source_options import SourceOptions
+from m2mkd_ds.data.sources.archives import unpack
+from m2mkd_ds.data.sources.samples import FileImages, ImageSource, ImageSplit, stat_hash
 
 FOLDER = "CUB_200_2011"
 TABLES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")

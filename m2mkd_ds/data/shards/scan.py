@@ -22,7 +22,7 @@ import numpy as np
 
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardRecord, table_dtype
-from m2mkd_ds.data.tar_stream import ForwardFile, Member, SummedReader, TarWalkError, walk_tar
+from m2mkd_ds.data.shards.tar_stream import ForwardFile, Member, SummedReader, TarWalkError, walk_tar
 
 READABLE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_LABEL = 2**31 - 1

@@ -1,6 +1,6 @@
 """An index for shards that somebody else wrote: `m2mkd shards index`.
 
-Every shard is walked once (`data/scan.py`), in several processes. What a shard gave is kept in FOLDER/index.parts until the
+Every shard is walked once (`data/shards/scan.py`), in several processes. What a shard gave is kept in FOLDER/index.parts until the
 index is whole, so an interrupted run goes on where it stopped. The result is a function of the shards alone: neither the order of
 the arguments nor the number of processes changes the fingerprint.
 """
@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from m2mkd_ds.data.addresses import is_remote
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import INDEX_NAME, ShardIndex, table_dtype, write_index
-from m2mkd_ds.data.interop import INFO_NAMES, ShardsInfo, expected_counts, parse_info, write_interop
-from m2mkd_ds.data.scan import BROKEN_OFF, ShardFault
-from m2mkd_ds.data.scan_parts import ScanJob, ScannedShard, scan_or_recall
+from m2mkd_ds.data.remote.addresses import is_remote
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.data.shard_list import OpenShard, ShardList, is_url, list_shards, open_shard_stream, opened, refuse_secrets
-from m2mkd_ds.data.shard_pool import map_shards
+from m2mkd_ds.data.shards.interop import INFO_NAMES, ShardsInfo, expected_counts, parse_info, write_interop
+from m2mkd_ds.data.shards.scan import BROKEN_OFF, ShardFault
+from m2mkd_ds.data.shards.scan_parts import ScanJob, ScannedShard, scan_or_recall
+from m2mkd_ds.data.shards.shard_list import OpenShard, ShardList, is_url, list_shards, open_shard_stream, opened, refuse_secrets
+from m2mkd_ds.data.shards.shard_pool import map_shards
 
 logger = logging.getLogger("m2mkd_ds")
 

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.samples import ImageSource, ImageSplit, Sample, stratified_split
 from m2mkd_ds.data.source_options import SourceOptions
+from m2mkd_ds.data.sources.samples import ImageSource, ImageSplit, Sample, stratified_split
 
 logger = logging.getLogger("m2mkd_ds")
 

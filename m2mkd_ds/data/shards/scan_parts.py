@@ -16,9 +16,9 @@ import numpy as np
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardRecord
-from m2mkd_ds.data.scan import ShardFault, make_table, scan_samples
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.data.shard_list import OpenShard, opened
+from m2mkd_ds.data.shards.scan import ShardFault, make_table, scan_samples
+from m2mkd_ds.data.shards.shard_list import OpenShard, opened
 
 _PART_FORMAT = 1
 

@@ -1,7 +1,7 @@
 """Reading files that lie elsewhere: one `Transport` for every kind of address, and the loop that tries again and resumes.
 
 path, file://                plain files
-http://, https://            data/http_transport.py
+http://, https://            data/remote/http_transport.py
 pipe:COMMAND                 a shell command's output, where Access.allow_pipe says so
 sftp, ftps, scp, ais, htgs   webdataset's gopen: other programs' output
 s3, gs, hf, memory, ...      fsspec
@@ -19,10 +19,10 @@ import subprocess
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO, Protocol, cast
 
-from m2mkd_ds.data.addresses import local_path, redact, scheme, scrub
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.http_transport import CHUNK_BYTES, READ_TIMEOUT_S, HttpClient, HttpTransport, Refused
-from m2mkd_ds.data.retry import PROGRESS_BYTES, Patience, Retrier, TemporaryFault
+from m2mkd_ds.data.remote.addresses import local_path, redact, scheme, scrub
+from m2mkd_ds.data.remote.http_transport import CHUNK_BYTES, READ_TIMEOUT_S, HttpClient, HttpTransport, Refused
+from m2mkd_ds.data.remote.retry import PROGRESS_BYTES, Patience, Retrier, TemporaryFault
 from m2mkd_ds.data.shard_files import Access
 
 GOPEN_SCHEMES = ("sftp", "ftps", "scp", "ais", "htgs")

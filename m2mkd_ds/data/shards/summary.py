@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from m2mkd_ds.data.addresses import redact
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.order import permutation
+from m2mkd_ds.data.remote.addresses import redact
 
 SIZES_SAMPLED = 256
 """Images whose headers are opened to learn their sizes."""

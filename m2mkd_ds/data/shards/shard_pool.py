@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.processes import default_workers, end_with_parent
+from m2mkd_ds.data.shards.processes import default_workers, end_with_parent
 from m2mkd_ds.logs import Progress
 
 J = TypeVar("J")

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from m2mkd_ds.data.addresses import holds_secret, is_remote, join, local_path, redact
-from m2mkd_ds.data.cache import CachedShard, ShardCache, Wanted
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.http_transport import Refused
-from m2mkd_ds.data.remote import Transport, chunks, http_client, open_transport
-from m2mkd_ds.data.retry import IoCounter, IoCounts, Retrier, Stopped
+from m2mkd_ds.data.remote.addresses import holds_secret, is_remote, join, local_path, redact
+from m2mkd_ds.data.remote.cache import CachedShard, ShardCache, Wanted
+from m2mkd_ds.data.remote.http_transport import Refused
+from m2mkd_ds.data.remote.retry import IoCounter, IoCounts, Retrier, Stopped
+from m2mkd_ds.data.remote.transports import Transport, chunks, http_client, open_transport
 from m2mkd_ds.data.shard_files import MAX_OPEN_SHARDS, Access, LocalFiles, ShardFiles
 from m2mkd_ds.logs import logger
 

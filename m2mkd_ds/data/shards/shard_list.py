@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from m2mkd_ds.data.addresses import redact
 from m2mkd_ds.data.errors import SampleError, ShardError
+from m2mkd_ds.data.remote.addresses import redact
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.data.tar_stream import ForwardFile
+from m2mkd_ds.data.shards.tar_stream import ForwardFile
 
 OpenShard = Callable[[str, Access], "ShardStream"]
 """`open_shard_stream`, or another function of its kind."""
@@ -141,7 +141,7 @@ def opened(address: str, access: Access, open_shard: OpenShard) -> Iterator[Shar
 
 
 def open_shard_stream(address: str, access: Access) -> ShardStream:
-    """Open a shard, or a file beside it, at its start, for forward reads: a path, or any address that `remote.py` knows.
+    """Open a shard, or a file beside it, at its start, for forward reads: a path, or any address that data/remote/ knows.
 
     Opening and reading raise OSError (FileNotFoundError when it is not there), after `access.deadline_s` of trying for remote ones.
     """
@@ -154,9 +154,9 @@ def open_shard_stream(address: str, access: Access) -> ShardStream:
 
 def _open_remote(address: str, access: Access) -> ShardStream:
     # Here, for the sake of the processes that walk local shards.
-    from m2mkd_ds.data.http_transport import HttpTransport
-    from m2mkd_ds.data.remote import http_client, open_stream, open_transport
-    from m2mkd_ds.data.retry import Retrier
+    from m2mkd_ds.data.remote.http_transport import HttpTransport
+    from m2mkd_ds.data.remote.retry import Retrier
+    from m2mkd_ds.data.remote.transports import http_client, open_stream, open_transport
 
     with _as_os_errors():
         transport = open_transport(address, access, http_client(address, access))
@@ -180,7 +180,7 @@ class _RemoteFile:
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    from m2mkd_ds.data.http_transport import Refused
+    from m2mkd_ds.data.remote.http_transport import Refused
 
     try:
         yield

@@ -18,9 +18,9 @@ import numpy as np
 
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import INDEX_NAME
-from m2mkd_ds.data.samples import ImageSource, ImageSplit, Sample, numbered_key, stratified_split
-from m2mkd_ds.data.scan import scan_shard
+from m2mkd_ds.data.shards.scan import scan_shard
 from m2mkd_ds.data.source_options import SourceOptions
+from m2mkd_ds.data.sources.samples import ImageSource, ImageSplit, Sample, numbered_key, stratified_split
 from m2mkd_ds.logs import progress
 
 VALIDATION_SHARE = 0.1

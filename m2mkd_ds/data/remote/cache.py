@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.retry import Stopped
+from m2mkd_ds.data.remote.retry import Stopped
 from m2mkd_ds.logs import logger
 
 _POLL_S = 0.05

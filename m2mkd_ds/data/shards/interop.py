@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds.data.addresses import is_remote
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import INDEX_NAME, ShardIndex
+from m2mkd_ds.data.remote.addresses import is_remote
 
 logger = logging.getLogger("m2mkd_ds")
 

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from m2mkd_ds.data.archives import archive_files, check_digest, fetch
 from m2mkd_ds.data.errors import ShardError
-from m2mkd_ds.data.samples import ArrayImages, ImageSource, ImageSplit
 from m2mkd_ds.data.source_options import SourceOptions
+from m2mkd_ds.data.sources.archives import archive_files, check_digest, fetch
+from m2mkd_ds.data.sources.samples import ArrayImages, ImageSource, ImageSplit
 
 ARCHIVE = "cifar-100-binary.tar.gz"
 URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"

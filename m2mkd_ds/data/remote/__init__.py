@@ -1,0 +1,1 @@
+"""Shards that lie elsewhere: addresses, transports, retries, and the cache on this machine."""

@@ -1,0 +1,1 @@
+"""Making, indexing and checking shard files; nothing here is used while training."""

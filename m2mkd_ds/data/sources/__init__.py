@@ -1,0 +1,1 @@
+"""Image collections that shards can be made from; one file each, named in registry.py."""
