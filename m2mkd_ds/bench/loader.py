@@ -24,6 +24,7 @@ from m2mkd_ds.bench.loader_readers import NOTES, ONE_PROCESS, OURS, Source, data
 from m2mkd_ds.bench.loader_resume import resume_seconds, synthetic_index
 from m2mkd_ds.bench.loader_rows import PEERS, LoaderRow, Range, make_row, verdicts
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.remote.addresses import is_remote, redact
 from m2mkd_ds.logs import Progress
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "simplejpeg", "pillow", "numpy")
@@ -141,8 +142,8 @@ class _Bench:
 
 def _whole_batches(index: ShardIndex, batch: int) -> int:
     """Images that make whole batches. Raises ValueError for shards that the peers cannot open, and for too few images."""
-    if index.base:
-        raise ValueError(f"--shards is {index.folder}, whose shards lie at {index.base}; copy them to this machine first")
+    if is_remote(index.base) or index.shard_folder.resolve() != index.folder.resolve():
+        raise ValueError(f"--shards is {index.folder}, whose shards lie at {redact(index.base)}; copy them to this machine first")
     if index.num_samples < batch:
         raise ValueError(f"--shards has {index.num_samples} images, and --batch is {batch}; give a smaller batch")
     return index.num_samples // batch * batch

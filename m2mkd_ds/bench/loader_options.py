@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Reader = Literal["decode_limit", "raw_read", "pil", "fast", "fast_device", "webdataset", "timm", "timm_prefetcher"]
 READERS: tuple[Reader, ...] = (
@@ -66,7 +66,10 @@ class LoaderBench:
         """With `quick` spelled out."""
         if not self.quick:
             return self
-        return replace(self, images=128, batch=16, repeats=1, workers=(0, 1))
+        plain = {field.name: field.default for field in fields(self)}
+        small: dict[str, Any] = {"images": 128, "batch": 16, "repeats": 1, "workers": (0, 1)}
+        # What was given beside --quick counts.
+        return replace(self, **{name: value for name, value in small.items() if getattr(self, name) == plain[name]})
 
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""

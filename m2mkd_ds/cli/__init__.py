@@ -77,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"m2mkd: {err}\n")
         sys.exit(2)
+    except OSError as err:
+        if os.environ.get("M2MKD_DEBUG") or not (err.filename and err.strerror):
+            raise
+        sys.stderr.write(f"m2mkd: {err.filename}: {err.strerror}\n")
+        sys.exit(2 if isinstance(err, (NotADirectoryError, IsADirectoryError, PermissionError)) else 1)
     except RuntimeError as err:
         from m2mkd_ds.train.launch import LaunchError
 

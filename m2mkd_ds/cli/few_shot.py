@@ -67,6 +67,7 @@ def few_shot(
     from m2mkd_ds.data.few_shot import EpisodeShape
 
     setup_logging()
+    fit.check()
     if episodes < 1:
         raise ConfigError(f"--episodes is {episodes}; it must be at least 1")
     shape = EpisodeShape(ways, shots, queries)

@@ -92,7 +92,8 @@ def pipeline(
             student.depths); 0 keeps the recipe's own.
         until: Stop after this node.
         only: Run just this node (its inputs must be complete).
-        dry_run: Print the DAG, what would run or be skipped and why, and the `deepspeed` commands; run nothing.
+        dry_run: Print the DAG, what would run or be skipped and why, and the `deepspeed` commands; run nothing. Missing shards
+            of a named source are made all the same, because the plan is made from them.
         set: Override config fields.
     """
     from m2mkd_ds.train.pipeline import run_pipeline

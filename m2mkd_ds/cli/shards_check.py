@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from m2mkd_ds.cli.app import out, shards_app
+from m2mkd_ds.config import ConfigError
 from m2mkd_ds.logs import setup_logging
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def index(
     source: str = "",
     license: str = "unknown",
     workers: int = 0,
+    deadline: float = 60.0,
 ) -> None:
     """Index webdataset shards that lie somewhere: samples, offsets, checksums; the shards stay as they are.
 
@@ -46,7 +48,9 @@ def index(
         source: What the images are, for the index.
         license: Licence of the images, for the index.
         workers: Processes; 0: one a CPU core, at most 8.
+        deadline: Seconds that a remote read is tried again.
     """
+    from m2mkd_ds.data.shard_files import Access
     from m2mkd_ds.data.shards.foreign import IndexRequest, index_shards
 
     setup_logging()
@@ -61,7 +65,7 @@ def index(
         source=source,
         license=license,
     )
-    made = index_shards(request, workers=workers)
+    made = index_shards(request, workers=workers, access=Access(deadline_s=deadline))
     out(f"{made.folder}: {made.num_samples} images, {made.num_classes} classes, fingerprint {made.fingerprint[:16]}")
 
 
@@ -91,6 +95,7 @@ def verify(
     decode: bool = True,
     report: Path | None = None,
     workers: int = 0,
+    deadline: float = 60.0,
 ) -> None:
     """Read everything again: SHA-256 of every shard, CRC-32, label and pixels of every sample. Exit code 1 when anything is wrong.
 
@@ -99,18 +104,22 @@ def verify(
         decode: Decode every image (--no-decode: checksums and labels only).
         report: File for all faults, one JSON object a line: kind, shard, key, message, sample.
         workers: Processes; 0: one a CPU core, at most 8.
+        deadline: Seconds that a remote read is tried again.
     """
     from m2mkd_ds.data.atomic import AtomicFile
+    from m2mkd_ds.data.shard_files import Access
     from m2mkd_ds.data.shards.foreign import fault_line
     from m2mkd_ds.data.shards.verify import verify_shards
 
     setup_logging()
-    reports = verify_shards(folder, workers=workers, decode=decode)
+    if report is not None and not report.parent.is_dir():
+        raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or choose another one")
+    reports = verify_shards(folder, workers=workers, decode=decode, access=Access(deadline_s=deadline))
+    out(verify_text(reports))
     faults = [fault for shard in reports for fault in shard.faults]
     if report is not None:
         with AtomicFile(report) as file:
             file.write("".join(map(fault_line, faults)).encode())
-    out(verify_text(reports))
     if faults:
         sys.exit(1)
 
@@ -130,11 +139,12 @@ def verify_text(reports: list[ShardReport]) -> str:
     if len(bad) > _MAX_LINES:
         lines.append(f"... and {len(bad) - _MAX_LINES} more bad shards")
     samples = {(fault.shard, fault.sample) for shard in bad for fault in shard.faults if fault.sample is not None}
+    unread = sum(shard.num_samples for shard in bad if any(fault.kind == "io" and fault.sample is None for fault in shard.faults))
     size = sum(shard.num_bytes for shard in reports)
     lines += [
         f"{'':8}{'all':>12}{'bad':>12}",
         f"{'shards':8}{len(reports):>12}{len(bad):>12}",
-        f"{'samples':8}{sum(shard.num_samples for shard in reports):>12}{len(samples):>12}",
+        f"{'samples':8}{sum(shard.num_samples for shard in reports):>12}{len(samples) + unread:>12}",
         f"{'MB read':8}{size / 1e6:>12,.1f}",
     ]
     return "\n".join(lines)
@@ -160,10 +170,16 @@ def info(
         json: Print JSON.
     """
     from m2mkd_ds.data.index import ShardIndex
+    from m2mkd_ds.data.remote.addresses import is_remote
     from m2mkd_ds.data.shards.contact_sheet import write_contact_sheet
     from m2mkd_ds.data.shards.summary import summarize, summary_json, summary_text
 
-    loaded = ShardIndex.load(folder)
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise ConfigError(f"--sheet {sheet}: the contact sheet is a PNG; end it in .png")
+    # Of shards elsewhere only the index is needed; the sizes of images are looked up where samples can be read.
+    loaded = ShardIndex.load_unchecked(folder)
+    if not is_remote(loaded.base):
+        loaded = ShardIndex.load(folder)
     summary = summarize(loaded, seed=seed)
     out(summary_json(summary) if json else summary_text(summary, all_classes=classes))
     if sheet is not None:

@@ -20,7 +20,10 @@ from PIL import Image, UnidentifiedImageError
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 
-UNDECODABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
+UNDECODABLE = (
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
+    OverflowError, MemoryError, zlib.error, struct.error,
+)  # fmt: skip
 """What Pillow raises for damaged files, format by format."""
 
 _END_OF_IMAGE = b"\xff\xd9"

@@ -7,7 +7,7 @@
 The shards may lie elsewhere: then `base` in index.json is the address that their names are appended to.
 
 A sample is one `pread` at a known offset: no tar parsing, no shared file position, so any process or thread may read
-any sample in any order. The order itself is the business of `data/plan.py`.
+any sample in any order. The order itself is the business of `data/order.py`.
 """
 
 from __future__ import annotations
@@ -224,7 +224,11 @@ _KEYS = ("format", "class_names", "shards", "table_sha256", "fingerprint", "num_
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise ShardError(f"{path}: no such file; the folder holds no complete shards, write them with `m2mkd shards write`")
+        parts = sorted(part.parent.name for part in folder.glob(f"*/{INDEX_NAME}"))
+        if parts:
+            raise ShardError(f"{path}: no such file; but {' and '.join(parts)} in this folder have one, name one of them")
+        what = "index them with `m2mkd shards index`" if any(folder.glob("*.tar")) else "write shards with `m2mkd shards write`"
+        raise ShardError(f"{path}: no such file; the folder holds no complete shards, {what}")
     try:
         tree = json.loads(path.read_text())
     except ValueError as err:

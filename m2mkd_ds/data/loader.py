@@ -23,6 +23,7 @@ from m2mkd_ds.data.device_ops import Finisher
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout, num_eval_batches
+from m2mkd_ds.data.remote.addresses import redact
 from m2mkd_ds.data.remote.files import CachedFiles
 from m2mkd_ds.data.remote.look_ahead import LookAhead as ShardLookAhead
 from m2mkd_ds.data.shard_files import Access
@@ -53,18 +54,19 @@ def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
         index = ShardIndex.load(folder, Access.from_config(data))
         if index.num_classes != data.num_classes:
             raise ShardError(
-                f"data.num_classes is {data.num_classes}, but data.{name} ({folder}) has {index.num_classes} classes; make them equal"
+                f"data.num_classes is {data.num_classes}, but data.{name} ({redact(folder)}) has {index.num_classes} classes; "
+                "make them equal"
             )
         if not index.num_samples:
-            raise ShardError(f"data.{name} ({folder}) has no samples; write the shards again")
+            raise ShardError(f"data.{name} ({redact(folder)}) has no samples; write the shards again")
         indices.append(index)
     train, validation = indices
     if train.class_names != validation.class_names:
         pairs = zip(train.class_names, validation.class_names, strict=True)
         number, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise ShardError(
-            f"class {number} is {ours!r} in data.train ({data.train}) and {theirs!r} in data.validation ({data.validation}); "
-            "both must come from the same list of classes"
+            f"class {number} is {ours!r} in data.train ({redact(data.train)}) and {theirs!r} in data.validation "
+            f"({redact(data.validation)}); both must come from the same list of classes"
         )
     return train, validation
 

@@ -43,7 +43,8 @@ class FitConfig:
     augment: bool = False
     """finetune: support images go through the run's training transform, anew at every step."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for numbers that make no training."""
         if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"steps is {self.steps} and warmup_steps is {self.warmup_steps}: give at least one step and a shorter warm-up")
         if not 0 <= self.min_lr <= self.peak < inf or not 0 <= self.warmup_lr < inf:

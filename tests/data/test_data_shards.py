@@ -91,11 +91,13 @@ def test_shard_sizes_and_counts(tmp_path: Path) -> None:
     assert (index.num_samples, index.num_classes, index.class_names) == (20, 3, ("cat", "dog", "eel"))
     assert (index.source, index.license) == ("test", "MIT")
     assert sorted(path.name for path in index.folder.iterdir()) == [
+        "_info.json",
         "index.json",
         "index.npy",
         "shard-000000.tar",
         "shard-000001.tar",
         "shard-000002.tar",
+        "wids.json",
     ]
     assert len(write([], tmp_path / "empty")) == 0
 

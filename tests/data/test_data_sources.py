@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import logging
+import shutil
 import struct
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from m2mkd_ds.data.sources import fashion_mnist as fm
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.sources import fashion_mnist as fm
 from m2mkd_ds.data.sources.registry import digits, encode_png, image_folder, make_source, stratified_split
 
 
@@ -46,7 +48,10 @@ def test_split_is_stratified_disjoint_and_fixed(labels: list[int], share: float,
     train, validation = stratified_split(labels_N, share, seed)
     assert sorted([*train.tolist(), *validation.tolist()]) == list(range(len(labels)))
     for label in set(labels):
-        assert int((labels_N[validation] == label).sum()) == round(share * labels.count(label))
+        count = labels.count(label)
+        # A class of two or more is never left out of the validation part.
+        expected = round(share * count) or (1 if count > 1 and share > 0 else 0)
+        assert int((labels_N[validation] == label).sum()) == expected
     again = stratified_split(labels_N, share, seed)
     assert np.array_equal(train, again[0])
 
@@ -156,3 +161,38 @@ def test_unknown_source_is_refused(tmp_path: Path) -> None:
         make_source("mnist", tmp_path)
     with pytest.raises(ShardError, match="data source image_folder: needs --path"):
         make_source("image_folder", tmp_path)
+
+
+def class_folders(root: Path, images_a_class: int) -> None:
+    for name in ("ant", "bee"):
+        (root / name).mkdir(parents=True)
+        for number in range(images_a_class):
+            (root / name / f"{number}.png").write_bytes(encode_png(np.full((4, 4), number, dtype=np.uint8)))
+
+
+def test_a_train_folder_without_validation_is_shared_out_and_is_no_class(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", 4)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    source = image_folder(tmp_path)
+    assert source.class_names == ("ant", "bee")
+    # A tenth of four images would be none: one of each class is held out.
+    assert (len(source.train.samples), len(source.validation.samples)) == (6, 2)
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ShardError, match="holds train and test; call the validation part val"):
+        image_folder(tmp_path)
+
+
+def test_an_empty_validation_part_is_refused(tmp_path: Path) -> None:
+    class_folders(tmp_path / "in", 1)
+    with pytest.raises(ShardError, match="train or validation is empty"):
+        make_source("image_folder", tmp_path / "out", path=tmp_path / "in")
+
+
+def test_the_list_for_timm_follows_the_shards_that_are_there(tmp_path: Path) -> None:
+    class_folders(tmp_path / "in", 5)
+    make_source("image_folder", tmp_path / "out", path=tmp_path / "in", samples_per_shard=8)
+    for part in ("train", "validation"):
+        shutil.rmtree(tmp_path / "out" / part)
+    make_source("image_folder", tmp_path / "out", path=tmp_path / "in", samples_per_shard=3)
+    splits = json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]
+    assert splits["train"]["shard_lengths"] == [3, 3, 2] and splits["validation"]["shard_lengths"] == [2]

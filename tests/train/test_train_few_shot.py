@@ -200,4 +200,4 @@ def test_images_are_asked_for_at_every_step() -> None:
 )
 def test_impossible_settings_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FitConfig(**wrong)  # type: ignore[arg-type]
+        FitConfig(**wrong).check()  # type: ignore[arg-type]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import zlib
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from m2mkd_ds.data.atomic import AtomicFile
-from m2mkd_ds.data.errors import SampleError, ShardError
+from m2mkd_ds.data.decode import UNDECODABLE
+from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.order import permutation
 
@@ -70,7 +70,7 @@ def _tile(index: ShardIndex, sample: int) -> Image.Image | None:
     """The image inside of a TILE square, small ones enlarged by whole pixels; None when it is damaged."""
     try:
         image = Image.open(io.BytesIO(index.read(sample)[0])).convert("RGB")
-    except (SampleError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, zlib.error):
+    except UNDECODABLE:
         return None
     larger = max(image.size)
     if larger * 2 <= TILE:

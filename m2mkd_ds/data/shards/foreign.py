@@ -61,6 +61,10 @@ class IndexRequest:
     license: str = "unknown"
 
 
+INFO_DEADLINE_S = 10.0
+"""How long the optional files beside the shards are waited for."""
+
+
 def index_shards(
     request: IndexRequest, *, workers: int = 0, access: Access | None = None, open_shard: OpenShard = open_shard_stream
 ) -> ShardIndex:
@@ -136,7 +140,7 @@ def _choose(request: IndexRequest, access: Access, open_shard: OpenShard) -> tup
 def _read_info(base: str, access: Access, open_shard: OpenShard) -> ShardsInfo | None:
     for name in INFO_NAMES:
         try:
-            with opened(base + name, access, open_shard) as stream:
+            with opened(base + name, replace(access, deadline_s=min(access.deadline_s, INFO_DEADLINE_S)), open_shard) as stream:
                 text = io.BytesIO()
                 while part := stream.read(1 << 20):
                     text.write(part)

@@ -15,11 +15,11 @@ The result is a JPEG; its bytes depend on the versions of Pillow and its libjpeg
 from __future__ import annotations
 
 import io
-import struct
 from dataclasses import dataclass
 
 from PIL import Image
 
+from m2mkd_ds.data.decode import UNDECODABLE
 from m2mkd_ds.data.errors import ShardError
 
 ORIENTATION = 0x0112
@@ -53,8 +53,7 @@ class Reencoder:
                 return self._smaller(image), "jpg"
         except ShardError:
             raise
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as err:
-            # Pillow's decoders raise all of these for damaged files.
+        except UNDECODABLE as err:
             raise ShardError(f"not an image that can be decoded ({err})") from err
 
     def _smaller(self, image: Image.Image) -> bytes:

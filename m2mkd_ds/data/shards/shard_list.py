@@ -119,7 +119,7 @@ def _expand(pattern: str) -> list[str]:
     if not is_url(pattern):
         return expanded
     if "*" in pattern or not all(url.endswith(".tar") for url in expanded):
-        advice = "name every shard, for example 'https://host/x-{0000..1023}.tar'"
+        advice = "name every shard, for example 'https://host/x-{0000..1023}.tar', or a folder with _info.json by its / at the end"
         raise ShardError(f"{pattern}: a server cannot be asked for the names of its files; {advice}")
     return expanded
 

@@ -24,6 +24,8 @@ def map_shards(
 
     `num_bytes`: what a result says about the bytes read, for the shown speed. The first error stops everything and is raised.
     """
+    if workers < 0:
+        raise ShardError(f"workers is {workers}; give a number of processes, or 0 for one a CPU core")
     count = min(workers or default_workers(), max(len(jobs), 1))
     results: dict[int, R] = {}
     started, read = time.monotonic(), 0

@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.decode import UNDECODABLE
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.order import permutation
 from m2mkd_ds.data.remote.addresses import redact
@@ -83,7 +83,7 @@ def _sizes(index: ShardIndex, samples: list[int]) -> tuple[list[int], list[int],
     for sample in samples:
         try:
             image = Image.open(io.BytesIO(index.read(sample)[0]))
-        except (SampleError, UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+        except UNDECODABLE:
             unreadable += 1
             continue
         widths.append(image.width)

@@ -7,15 +7,15 @@ full. Where a damaged header ends the walk, the remaining samples are read at th
 from __future__ import annotations
 
 import io
-import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from m2mkd_ds.data.decode import UNDECODABLE
 from m2mkd_ds.data.index import ShardIndex, ShardRecord
 from m2mkd_ds.data.remote.addresses import join
 from m2mkd_ds.data.shard_files import Access
@@ -23,12 +23,6 @@ from m2mkd_ds.data.shards.scan import BROKEN_OFF, ShardFault, ShardRow, ShardSca
 from m2mkd_ds.data.shards.shard_list import OpenShard, open_shard_stream, opened
 from m2mkd_ds.data.shards.shard_pool import map_shards
 from m2mkd_ds.data.shards.tar_stream import ForwardFile, SummedReader
-
-_UNDECODABLE = (
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError,
-    TypeError, OverflowError, MemoryError, zlib.error, struct.error,
-)  # fmt: skip
-"""What Pillow raises for damaged files, format by format."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def image_fault(data: bytes) -> str:
     """Why an image cannot be decoded, or nothing."""
     try:
         Image.open(io.BytesIO(data)).convert("RGB")
-    except _UNDECODABLE as err:
+    except UNDECODABLE as err:
         return f"cannot decode the image ({type(err).__name__}: {str(err).split(' <_io')[0]})"
     return ""
 

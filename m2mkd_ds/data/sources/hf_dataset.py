@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from m2mkd_ds.data.decode import UNDECODABLE
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.source_options import SourceOptions
 from m2mkd_ds.data.sources.samples import ImageSource, ImageSplit, Sample, stratified_split
@@ -81,7 +82,11 @@ def _load(options: SourceOptions) -> tuple[Mapping[str, Any], str]:
     except ImportError as err:
         raise ShardError(f"source hf needs the package datasets ({err}); install it with `pip install 'm2mkd_ds[datasets]'`") from err
     if options.hf_name is not None:
-        loaded = datasets.load_dataset(options.hf_name, options.hf_config, cache_dir=str(options.cache))
+        try:
+            loaded = datasets.load_dataset(options.hf_name, options.hf_config, cache_dir=str(options.cache))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as err:
+            advice = "check the name, the network, and HF_TOKEN for a gated dataset"
+            raise ShardError(f"--hf-name {options.hf_name}: cannot be loaded ({type(err).__name__}: {err}); {advice}") from err
         return loaded, options.hf_name
     path = options.path
     assert path is not None, "check_options asks for one of them"
@@ -142,6 +147,6 @@ def _encoded(entry: Mapping[str, Any] | None, where: str) -> tuple[bytes, str]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.save(file, format="PNG")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as err:
+    except UNDECODABLE as err:
         raise ShardError(f"{where}: not an image that can be decoded ({err}); remove the row") from err
     return file.getvalue(), "png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.sources.samples import FileImages, ImageSource, ImageSplit, stat_hash, stratified_split
 
+logger = logging.getLogger("m2mkd_ds")
+
 VALIDATION_SHARE = 0.1
 LAYOUT = "image_folder needs ROOT/CLASS/*.jpg or ROOT/train/CLASS/*.jpg"
 
@@ -17,7 +20,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def image_folder(root: Path, seed: int = 0, *, share: float | None = None) -> ImageSource:
-    """ROOT/train/CLASS/*.jpg|png|webp with ROOT/val or ROOT/validation beside it, or ROOT/CLASS/* (a tenth, or `share`, is held out).
+    """ROOT/train/CLASS/*.jpg|png|webp with ROOT/val or ROOT/validation beside it; without one, a tenth (`share`) is held out.
 
     `content` covers names, sizes and times of the files, not their bytes. Raises ShardError for other layouts and other files.
     """
@@ -31,6 +34,11 @@ def image_folder(root: Path, seed: int = 0, *, share: float | None = None) -> Im
             raise ShardError(f"{validation} and {train} hold different class folders; both need the same names")
         parts = [_split(folder, _list_files(folder, class_names)) for folder in (train, validation)]
     else:
+        if train.is_dir():
+            others = sorted(path.name for path in root.iterdir() if path.is_dir() and path != train and not path.name.startswith("."))
+            if others:
+                raise ShardError(f"{root}: holds train and {', '.join(others)}; call the validation part val, or move the others away")
+            root = train
         class_names = _class_folders(root)
         files = _list_files(root, class_names)
         labels_N = np.array([label for _, label in files], dtype=np.int64)
@@ -46,7 +54,11 @@ def _split(root: Path, files: Sequence[tuple[str, int]]) -> ImageSplit:
 def _class_folders(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         raise ShardError(f"{root}: no such folder; {LAYOUT}")
-    names = tuple(sorted(folder.name for folder in root.iterdir() if folder.is_dir()))
+    folders = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+    hidden = [name for name in folders if name.startswith(".")]
+    if hidden:
+        logger.warning("%s: hidden folders are no classes: %s", root, ", ".join(hidden))
+    names = tuple(name for name in folders if name not in hidden)
     if not names:
         raise ShardError(f"{root}: holds no class folders; {LAYOUT}")
     return names

@@ -16,7 +16,7 @@ import numpy as np
 from m2mkd_ds.data.atomic import AtomicFile
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.shards.interop import INFO_NAME, write_interop
+from m2mkd_ds.data.shards.interop import write_interop
 from m2mkd_ds.data.shards.write import write_shards
 from m2mkd_ds.data.source_options import SourceName, SourceOptions, check_options
 from m2mkd_ds.data.sources.cifar100 import cifar100
@@ -77,8 +77,9 @@ def make_source(
         )
         for split_name, split in (("train", source.train), ("validation", source.validation))
     ]
-    if not (folder / INFO_NAME).exists():
-        write_interop(folder)
+    if any(index.num_samples == 0 for index in indices):
+        raise ShardError(f"{folder}: train or validation is empty; give more images, or a validation part of its own")
+    write_interop(folder)
     return indices[0], indices[1]
 
 

@@ -163,9 +163,10 @@ def encode_png(pixels_HW: np.ndarray) -> bytes:
 
 
 def stratified_split(labels_N: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train ids, validation ids), ascending; every class gives round(share * its size) samples to validation."""
+    """(train ids, validation ids), ascending; every class gives round(share * its size) samples to validation, and at least one of two."""
     held_out = np.zeros(len(labels_N), dtype=bool)
     for label in np.unique(labels_N):
         ids = np.flatnonzero(labels_N == label)
-        held_out[ids[permutation(seed, int(label), len(ids))[: round(share * len(ids))]]] = True
+        count = max(round(share * len(ids)), 1) if len(ids) > 1 and share > 0 else 0
+        held_out[ids[permutation(seed, int(label), len(ids))[:count]]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
