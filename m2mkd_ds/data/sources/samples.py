@@ -167,6 +167,6 @@ def stratified_split(labels_N: np.ndarray, share: float, seed: int) -> tuple[np.
     held_out = np.zeros(len(labels_N), dtype=bool)
     for label in np.unique(labels_N):
         ids = np.flatnonzero(labels_N == label)
-        count = max(round(share * len(ids)), 1) if len(ids) > 1 and share > 0 else 0
+        count = round(share * len(ids)) or int(len(ids) > 1 and share > 0)
         held_out[ids[permutation(seed, int(label), len(ids))[:count]]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
