@@ -49,11 +49,6 @@ class BatchLayout:
         return range(first, first + self.micro_batch_size)
 
 
-def positions(step: int, micro_step: int, rank: int, *, micro_batch_size: int, accumulation: int, world: int) -> range:
-    """Stream positions of one micro-batch; see the head of this file. Raises ValueError for numbers out of range."""
-    return BatchLayout(micro_batch_size=micro_batch_size, accumulation=accumulation, world=world).positions(step, micro_step, rank)
-
-
 STATE_VERSION = 1
 
 

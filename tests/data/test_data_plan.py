@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.order import StreamOrder, permutation
-from m2mkd_ds.data.plan import BatchLayout, eval_samples, num_eval_batches, positions
+from m2mkd_ds.data.plan import BatchLayout, eval_samples, num_eval_batches
 
 layouts = st.builds(BatchLayout, micro_batch_size=st.integers(1, 7), accumulation=st.integers(1, 4), world=st.integers(1, 9))
 
@@ -34,7 +34,7 @@ def test_every_epoch_covers_each_sample_exactly_once(layout: BatchLayout, num_sa
 @given(layout=layouts, step=st.integers(0, 10**9))
 def test_ranks_and_micro_steps_partition_the_step(layout: BatchLayout, step: int) -> None:
     parts = [
-        positions(step, micro, rank, micro_batch_size=layout.micro_batch_size, accumulation=layout.accumulation, world=layout.world)
+        layout.positions(step, micro, rank)
         for rank in range(layout.world)
         for micro in range(layout.accumulation)
     ]
@@ -46,11 +46,11 @@ def test_ranks_and_micro_steps_partition_the_step(layout: BatchLayout, step: int
 
 def test_positions_by_hand() -> None:
     # mb 2, accumulation 3, world 2: G = 12. Step 1 owns 12..23. Rank 1, micro-step 2 is group 1*3 + 2 = 5: 12 + 10 = 22.
-    assert positions(1, 2, 1, micro_batch_size=2, accumulation=3, world=2) == range(22, 24)
+    assert BatchLayout(micro_batch_size=2, accumulation=3, world=2).positions(1, 2, 1) == range(22, 24)
     # One rank with accumulation 2 and two ranks with accumulation 1 have the same groups.
     for group in range(2):
-        one_rank = positions(5, group, 0, micro_batch_size=4, accumulation=2, world=1)
-        assert one_rank == positions(5, 0, group, micro_batch_size=4, accumulation=1, world=2)
+        one_rank = BatchLayout(micro_batch_size=4, accumulation=2, world=1).positions(5, group, 0)
+        assert one_rank == BatchLayout(micro_batch_size=4, accumulation=1, world=2).positions(5, 0, group)
 
 
 def test_order_is_pinned() -> None:
@@ -98,6 +98,6 @@ def test_impossible_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match="accumulation is 0; it must be at least 1"):
         BatchLayout(micro_batch_size=1, accumulation=0, world=1)
     with pytest.raises(ValueError, match="micro_step 0 and rank 2 must lie below accumulation 1 and world 2"):
-        positions(0, 0, 2, micro_batch_size=1, accumulation=1, world=2)
+        BatchLayout(micro_batch_size=1, accumulation=1, world=2).positions(0, 0, 2)
     with pytest.raises(ValueError, match="at least one sample"):
         StreamOrder(0, [0])
