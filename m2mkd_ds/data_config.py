@@ -53,6 +53,16 @@ class AugmentConfig:
     """With repeats > 1. stream: the uses of an image follow one another in the stream of slots; goes on at any number of ranks.
     deit: the very indices of timm's RepeatAugSampler, which spreads them over the ranks and depends on their number."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed at all."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def repeats_as_deit(self) -> bool:
+        """Whether the order is that of timm's sampler, which belongs to one number of ranks."""
+        return self.repeats > 1 and self.repeat_mode == "deit"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -105,13 +115,37 @@ class DataConfig:
 
 
 def check_data_config(data: DataConfig) -> None:
-    """Refuse fields that do not fit together. Raises ValueError with one sentence."""
+    """Refuse fields that do not fit together, and those whose limits depend on one another. Raises ValueError with one sentence."""
     augment = data.augment
+    low, high = augment.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.augment.crop_scale is {[low, high]}: give [smallest, largest] share of the area, above 0 and at most 1")
+    if not all(0 < number < inf for number in data.std):
+        raise ValueError(f"data.std is {list(data.std)}: pixels are divided by it, give three numbers above 0")
     if augment.mix_group % 2:
         raise ValueError(f"data.augment.mix_group is {augment.mix_group}: images are mixed in pairs, make it even (0: the micro-batch)")
-    mixes = augment.mixup > 0 or augment.cutmix > 0
-    if mixes and augment.repeat_mode == "stream" and augment.repeats > 1 and augment.mix_group % (2 * augment.repeats):
+    if augment.mixes and augment.repeat_mode == "stream" and augment.mix_group % (2 * augment.repeats) and augment.repeats > 1:
         raise ValueError(
             f"data.augment.mix_group is {augment.mix_group} and data.augment.repeats is {augment.repeats}: an image would be mixed with "
-            f"itself; give a multiple of {2 * augment.repeats}, or 0 for the whole micro-batch"
+            f"itself; give a multiple of {2 * augment.repeats}, or 0 for the whole micro-batch and a micro_batch_size that is one"
+        )
+
+
+def check_mixing(augment: AugmentConfig, micro_batch_size: int, world: int | None) -> None:
+    """Refuse a layout in which an image would be mixed with another use of itself. Raises ValueError with one sentence.
+
+    `world`: ranks; None where their number is not known yet.
+    """
+    if not augment.mixes or augment.repeats == 1:
+        return
+    if augment.repeat_mode == "deit":
+        if world is not None and world < augment.repeats:
+            raise ValueError(
+                f"data.augment.repeat_mode=deit spreads {augment.repeats} uses of an image over the ranks, and there are {world}: uses "
+                f"would meet in a micro-batch, where images are mixed; launch at least {augment.repeats} ranks, or use repeat_mode=stream"
+            )
+    elif augment.mix_group == 0 and micro_batch_size % (2 * augment.repeats):
+        raise ValueError(
+            f"micro_batch_size is {micro_batch_size}, data.augment.mix_group is 0 and data.augment.repeats is {augment.repeats}: an image "
+            f"would be mixed with itself; make micro_batch_size a multiple of {2 * augment.repeats}"
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from m2mkd_ds.config import PHASES, ConfigError, RunConfig, apply_overrides, load
+from m2mkd_ds.config import PHASES, ConfigError, DataConfig, RunConfig, apply_overrides, load
 from m2mkd_ds.logs import logger
 
 
@@ -27,6 +27,8 @@ def resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence[
     from m2mkd_ds.data.remote.addresses import absolute
 
     data = resolved.data
+    _refuse_secrets(data)
+    data = replace(data, cache_dir=absolute(data.cache_dir))
     if not data.train and not data.validation and data.source:
         shards = folder.parent / "shards" / data.source
         data = replace(data, train=str(shards / "train"), validation=str(shards / "validation"))
@@ -36,6 +38,19 @@ def resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence[
     if teacher.weights not in ("", "timm"):
         teacher = replace(teacher, weights=str(Path(teacher.weights).resolve()))
     return replace(resolved, run_dir=str(folder), data=data, teacher=teacher)
+
+
+def _refuse_secrets(data: DataConfig) -> None:
+    """RUN/config.yaml keeps the addresses. Raises ConfigError for one with credentials in it."""
+    from m2mkd_ds.data.remote.addresses import holds_secret, redact
+
+    for name in ("train", "validation", "cache_dir"):
+        address = getattr(data, name)
+        if holds_secret(address):
+            raise ConfigError(
+                f"data.{name} is {redact(address)}, which holds credentials, and the run's config.yaml keeps no secrets; take them out of "
+                "the address and put a token into the environment (M2MKD_HTTP_TOKEN, HF_TOKEN)"
+            )
 
 
 def cut_evenly(config: RunConfig, modules: int) -> RunConfig:

@@ -46,7 +46,7 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch
         from m2mkd_ds.train.evaluate_export import evaluate_export
 
         if not validation:
-            raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder with index.json)")
+            raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder or URL with index.json)")
         in_world(lambda world: evaluate_export(path, validation, batch_size, world))
     else:
         raise ConfigError(

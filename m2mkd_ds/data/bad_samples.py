@@ -20,6 +20,6 @@ class BadSample:
     position: int
     """Stream position that it was meant for."""
     substitute: int
-    """Number of the sample that took its place."""
+    """Number of the sample that took its place; -1: none, the run stops."""
     message: str
     """What was wrong, in a sentence."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from m2mkd_ds.data.bad_samples import BadSample
+from m2mkd_ds.data.errors import SampleError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class ImageBatch:
     """decode=fast: images that libjpeg-turbo could not take (PNG, CMYK, a strict decoder's refusal) and Pillow decoded."""
     wait_s: float = 0.0
     """Seconds that the training process waited for this batch."""
+    lost: SampleError | None = None
+    """Why there are no images: neither a sample nor any of its substitutes could be read (`TrainLoader(raise_lost=False)` alone)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class WorkerBatch:
     work: DeviceWork | None = None
     bad: tuple[BadSample, ...] = ()
     fallbacks: int = 0
+    lost: SampleError | None = None
+    """Then images and labels are zeros."""
 
     def pin_memory(self) -> WorkerBatch:
         """With all tensors in page-locked memory; DataLoader's pinning thread calls this."""

@@ -1,8 +1,8 @@
 """What a loader's worker does: the number of a micro-batch -> its images, augmented, with damaged ones replaced.
 
 The unit of work is a whole micro-batch. A damaged image's place is taken by the next readable one of the order, with the random
-numbers of the place, so every rank and every worker would take the same. Errors travel as values: what DataLoader makes of
-an exception in a worker has lost its kind.
+numbers of the place, so every rank and every worker would take the same; where none can be read, the batch says so (`lost`). Errors
+travel as values: what DataLoader makes of an exception in a worker has lost its kind.
 """
 
 from __future__ import annotations
@@ -32,11 +32,20 @@ MAX_SUBSTITUTES = 50
 """Samples tried in place of a damaged one; so many damaged ones in a row mean that the storage is gone, not an image."""
 
 
+class _LostPlaceError(Exception):
+    """Neither the sample of a place nor any of its substitutes could be read."""
+
+    def __init__(self, error: SampleError, records: list[BadSample]) -> None:
+        super().__init__(str(error))
+        self.error, self.records = error, records
+
+
 class TrainBatches(Dataset["WorkerBatch | SampleError"]):
     """Micro-batch number k of a rank: step k // accumulation, micro-step k % accumulation."""
 
     def __init__(self, index: ShardIndex, data: DataConfig, *, seed: int, layout: BatchLayout, rank: int) -> None:
         self._index, self._layout, self._rank, self._seed = index, layout, rank, seed
+        self._num_classes = data.num_classes
         self._transform: ImageTransform | FastTrain = FastTrain(data) if data.decode == "fast" else train_transform(data)
         self.mixer = Mixer(data.augment, data.num_classes, seed)
         self.order = make_order(data, seed, index.shard_sizes, layout)
@@ -54,7 +63,11 @@ class TrainBatches(Dataset["WorkerBatch | SampleError"]):
         filled = []
         with KeyedRandom() as keyed:
             for place, position in enumerate(positions):
-                filled.append(self._fill(position, images[place], keyed))
+                try:
+                    filled.append(self._fill(position, images[place], keyed))
+                except _LostPlaceError as lost:
+                    bad = [record for _, _, faults in filled for record in faults]
+                    return self._lost_batch(images, number, lost.error, [*bad, *lost.records])
         labels_B = torch.tensor([label for label, _, _ in filled])
         drawn = [work for _, work, _ in filled if work is not None]
         in_step = self._layout.group(micro_step, self._rank) * len(positions)
@@ -82,10 +95,22 @@ class TrainBatches(Dataset["WorkerBatch | SampleError"]):
                 faults.append((sample, err))
             else:
                 return label, drawn, [_record(self._index, damaged, err, position, sample) for damaged, err in faults]
-        raise SampleError(
-            f"{faults[0][1]} (stream position {position}); nor can any of the {len(faults) - 1} samples be read that could take its place",
-            faults[0][1].kind,
+        first = f"{faults[0][1]} (stream position {position})"
+        message = f"{first}; nor can any of the {len(faults) - 1} samples be read that could take its place"
+        raise _LostPlaceError(
+            SampleError(message, faults[0][1].kind), [_record(self._index, damaged, err, position, -1) for damaged, err in faults]
         )
+
+    def _lost_batch(self, images: Tensor, number: int, error: SampleError, bad: list[BadSample]) -> WorkerBatch:
+        """A batch of zeros that says why: what reads it keeps in step with the other ranks, and stops with them."""
+        step, micro_step = divmod(number, self._layout.accumulation)
+        positions = self._layout.positions(step, micro_step, self._rank)
+        labels_B = torch.zeros(len(positions), dtype=torch.int64)
+        targets_BV = soft_targets(labels_B, self._num_classes, 0.0) if isinstance(self._transform, ImageTransform) else None
+        return WorkerBatch(
+            images=images.zero_(), labels_B=labels_B, slot_ids_B=torch.tensor(positions), step=step, micro_step=micro_step,
+            targets_BV=targets_BV, bad=tuple(bad), lost=error,
+        )  # fmt: skip
 
     def _use(self, sample: int, slot: Slot, out: Tensor, keyed: KeyedRandom) -> tuple[int, Drawn | None]:
         data, label = _read(self._index, sample)

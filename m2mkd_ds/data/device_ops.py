@@ -32,8 +32,9 @@ class Finisher:
         if targets_BV is None:
             images_BCHW, targets_BV = self._finish(moved)
         return ImageBatch(
-            images_BCHW, targets_BV, batch.labels_B, batch.slot_ids_B, batch.step, batch.micro_step, batch.bad, batch.fallbacks, wait_s
-        )
+            images_BCHW, targets_BV, batch.labels_B, batch.slot_ids_B, batch.step, batch.micro_step, batch.bad, batch.fallbacks, wait_s,
+            batch.lost,
+        )  # fmt: skip
 
     def _finish(self, batch: WorkerBatch) -> tuple[Tensor, Tensor]:
         """Normalise, flip, erase, mix: in timm's order."""

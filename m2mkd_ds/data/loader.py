@@ -27,6 +27,7 @@ from m2mkd_ds.data.remote.addresses import redact
 from m2mkd_ds.data.remote.files import CachedFiles
 from m2mkd_ds.data.remote.look_ahead import LookAhead as ShardLookAhead
 from m2mkd_ds.data.shard_files import Access
+from m2mkd_ds.data_config import check_mixing
 
 __all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]
 
@@ -79,7 +80,8 @@ class TrainLoader:
     step 0 begins at (BatchLayout.origin), for a run that goes on with another global batch. `look_ahead` hears of every batch;
     by default that is who fills the cache of shards that lie elsewhere.
     Damaged samples are replaced and listed in `ImageBatch.bad`. Raises ValueError for impossible layouts. Iterating raises
-    SampleError where augmentation fails or no substitute can be read.
+    SampleError where augmentation fails or no substitute can be read; with `raise_lost=False`, a batch of the latter kind comes with
+    `ImageBatch.lost` set and images that mean nothing, for a caller whose ranks have to stop at the same step.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class TrainLoader:
         origin: int = 0,
         device: torch.device = CPU,
         look_ahead: LookAhead | None = None,
+        raise_lost: bool = True,
     ) -> None:
         layout = BatchLayout(micro_batch_size=micro_batch_size, accumulation=accumulation, world=world, origin=origin)
         _check_rank(rank, world)
@@ -105,10 +108,11 @@ class TrainLoader:
             raise ValueError(f"start_step {start_step} must lie between 0 and total_steps {total_steps}")
         batches = TrainBatches(index, data, seed=seed, layout=layout, rank=rank)
         batches.mixer.check(micro_batch_size)
+        check_mixing(data.augment, micro_batch_size, world)
         self.layout, self.index, self.order = layout, index, batches.order
         if look_ahead is None and isinstance(index.files, CachedFiles):
             look_ahead = ShardLookAhead(self.order, index.files, index.access.look_ahead)
-        self._rank, self._look_ahead = rank, look_ahead
+        self._rank, self._look_ahead, self._raise_lost = rank, look_ahead, raise_lost
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
         self._loader = _loader(batches, self._numbers, data.num_workers, device)
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
@@ -130,6 +134,8 @@ class TrainLoader:
     def _finished(self, received: Iterator[tuple[WorkerBatch, float]]) -> Iterator[ImageBatch]:
         for number, (batch, wait_s) in zip(self._numbers, received, strict=True):
             self._advance(number)
+            if batch.lost is not None and self._raise_lost:
+                raise batch.lost
             yield self._finish(batch, wait_s)
 
     def _advance(self, number: int) -> None:

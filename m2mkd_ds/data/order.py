@@ -218,7 +218,7 @@ class DeitOrder(_EpochOrders):
 def make_order(data: DataConfig, seed: int, shard_sizes: Sequence[int], layout: BatchLayout) -> SampleOrder:
     """The order that `data.order` and `data.augment.repeats` ask for. Raises ValueError when it is impossible."""
     augment = data.augment
-    if augment.repeats > 1 and augment.repeat_mode == "deit":
+    if augment.repeats_as_deit:
         return DeitOrder(seed, shard_sizes, layout=layout, repeats=augment.repeats)
     return StreamOrder(seed, shard_sizes, mode=data.order, window=data.order_window, repeats=augment.repeats)
 
@@ -226,7 +226,7 @@ def make_order(data: DataConfig, seed: int, shard_sizes: Sequence[int], layout: 
 def order_name(data: DataConfig, layout: BatchLayout) -> str:
     """The order in a word, for a checkpoint: `global`, `block/16`, `global*3`, `deit*3@128x1x8` (which is tied to its layout)."""
     augment = data.augment
-    if augment.repeats > 1 and augment.repeat_mode == "deit":
+    if augment.repeats_as_deit:
         return f"deit*{augment.repeats}@{layout.micro_batch_size}x{layout.accumulation}x{layout.world}"
     name = f"block/{data.order_window}" if data.order == "block" else "global"
     return f"{name}*{augment.repeats}" if augment.repeats > 1 else name

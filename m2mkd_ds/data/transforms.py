@@ -283,7 +283,7 @@ class Mixer:
         self._num_classes, self._smoothing, self._seed = num_classes, augment.label_smoothing, seed
         self._group = augment.mix_group
         self._mixup: Mixup | None = None
-        if augment.mixup > 0 or augment.cutmix > 0:
+        if augment.mixes:
             self._mixup = Mixup(
                 mixup_alpha=augment.mixup,
                 cutmix_alpha=augment.cutmix,

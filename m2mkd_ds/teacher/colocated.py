@@ -57,6 +57,9 @@ class ColocatedFeed:
             targets_BV=images.targets_BV.to(self._device, non_blocking=True),
             slot_ids_B=images.slot_ids_B,
             bad=images.bad,
+            lost="" if images.lost is None else str(images.lost),
+            wait_s=images.wait_s,
+            fallbacks=images.fallbacks,
         )
 
     def close(self) -> None:

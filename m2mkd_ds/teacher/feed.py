@@ -41,6 +41,12 @@ class TeacherBatch:
     """Stream positions, int64: the batch's identity in logs and errors."""
     bad: tuple[BadSample, ...] = ()
     """Damaged samples that were replaced in this batch."""
+    lost: str = ""
+    """Why the batch has no images (nothing could be read): zeros, to keep in step with other ranks until all of them stop."""
+    wait_s: float = 0.0
+    """Seconds that the images were waited for."""
+    fallbacks: int = 0
+    """Images that the fast decoder could not take."""
 
 
 class TeacherFeed(Protocol):

@@ -30,19 +30,28 @@ def resolve_cap(max_bad_samples: int, num_images: int) -> int:
     return max_bad_samples if max_bad_samples >= 0 else min(100, max(1, num_images // 1000))
 
 
+def lists_of_phase(folder: Path) -> list[Path]:
+    """The lists of all jobs of a phase: its folder's, and those of single pairs. `folder`: of the phase, or of one pair of it."""
+    phase = folder.parent if folder.name.startswith("pair_") else folder
+    return sorted([*phase.glob(FILE_NAME), *phase.glob(f"pair_*/{FILE_NAME}")])
+
+
 class BadSampleList:
     """The damaged samples of one job so far; equal on every rank. Making one is a collective call.
 
-    A job that goes on from `start_step` finds what it has met before in the list, cut back to that step as the metrics are.
+    A job that goes on from `start_step` finds what it has met before in the list, cut back to that step as the metrics are. `others`:
+    lists of jobs that trained other pairs of the phase, on the same stream; what they met up to that step counts too.
     """
 
-    def __init__(self, file: Path, *, cap: int, world: World, what: str, start_step: int) -> None:
+    def __init__(self, file: Path, *, cap: int, world: World, what: str, start_step: int, others: Sequence[Path] = ()) -> None:
         self.file, self.cap = file, cap
         self._world, self._what, self._start_step = world, what, start_step
         self._writer: MetricsWriter | None = None
         if world.is_main and file.exists():
             self._open()
         records = read_metrics(file) if world.is_main and file.exists() else []
+        for other in others if world.is_main else ():
+            records += [record for record in read_metrics(other) if other != file and record["step"] <= start_step]
         self._first: dict[int, dict[str, Any]] = broadcast_object({record["sample"]: record for record in reversed(records)})
         """The first record of each different sample, by sample number."""
 
@@ -51,22 +60,30 @@ class BadSampleList:
         """Different damaged samples."""
         return len(self._first)
 
-    def add(self, step: int, found: Sequence[BadSample]) -> None:
+    def add(self, step: int, found: Sequence[BadSample], lost: str = "") -> None:
         """Record what the ranks met in optimizer step `step` (counted from 1, as in metrics.jsonl). Collective: call it on every rank
-        when any rank has something. Raises BadDataError on every rank, after the list is on disk, when the cap is passed."""
+        when any rank has something. Raises BadDataError on every rank, after the list is on disk, when the cap is passed, or when any
+        rank could read no image at all (`lost` says why)."""
         mine = [{"step": step, "rank": self._world.rank, **asdict(bad)} for bad in found]
-        records = [record for rank in gather_object(mine) for record in rank]
+        gathered = gather_object((mine, lost))
+        records = [record for theirs, _ in gathered for record in theirs]
         for record in records:
             new = record["sample"] not in self._first
             self._first.setdefault(record["sample"], record)
             if self._world.is_main:
                 self._open().write(record)
-                if new:
+                if new and record["substitute"] >= 0:
                     logger.warning("%s: damaged sample %d of at most %d: %s; sample %d takes its place", self._what, self.total, self.cap,
                                    record["message"], record["substitute"])  # fmt: skip
-        if self.total > self.cap:
+        reasons = [reason for _, reason in gathered if reason]
+        if reasons or self.total > self.cap:
             self.close()
             barrier()  # a rank that ends makes the launcher end the others: rank 0 must have written by then
+            if reasons:
+                raise BadDataError(
+                    f"{self._what}: no image could be read at step {step}: {reasons[0]}. {self.total} damaged samples ({self.summary()}) "
+                    f"are listed in {self.file}: check that the shards can be reached, and them with `m2mkd shards verify`"
+                )
             raise BadDataError(
                 f"{self._what}: {self.total} training samples are damaged at step {step}, and data.max_bad_samples allows {self.cap} "
                 f"({self.summary()}); they are listed in {self.file}: check the shards with `m2mkd shards verify`, or raise "

@@ -2,9 +2,10 @@
 
     global batch = micro_batch_size * gradient_accumulation_steps * ranks
 
-Layouts with the same product use the same images in the same steps, so a phase goes on, and its result stays good, when only the
-layout changes: these fields are no part of a node's fingerprint. Its done.json keeps them under `layout`. The number of ranks is
-not a setting of the run: a finished node is asked about its batch only where a setting of it has changed.
+Layouts with the same product use the same images in the same steps (except as `layout_of_images` says), so a phase goes on, and its
+result stays good, when only the layout changes: these fields are no part of a node's fingerprint. Its done.json keeps them under
+`layout`. The number of ranks is not a setting of the run: a finished node is asked about its batch only where a setting of it has
+changed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ def is_layout(path: str) -> bool:
     return path.rpartition(".")[2] in LAYOUT_FIELDS
 
 
-def images_need_micro_batch(augment: AugmentConfig) -> bool:
-    """Whether pixels depend on the micro-batch size: mixing whole micro-batches does (`mix_group=0`)."""
-    return augment.mix_group == 0 and (augment.mixup > 0 or augment.cutmix > 0)
+def layout_of_images(augment: AugmentConfig) -> tuple[str, ...]:
+    """Layout fields that the images of a step depend on: `repeat_mode=deit` deals them to ranks, `mix_group=0` mixes micro-batches."""
+    if augment.repeats_as_deit:  # with these and the global batch, the number of ranks is fixed too
+        return ("micro_batch_size", "gradient_accumulation_steps")
+    return ("micro_batch_size",) if augment.mixes and augment.mix_group == 0 else ()
 
 
 def expected_ranks(launch: LaunchConfig) -> int | None:

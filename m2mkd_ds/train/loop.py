@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.distributed.world import World, all_reduce_sum
 from m2mkd_ds.logs import MetricsWriter, Progress, logger
 from m2mkd_ds.moe.telemetry import load_metrics
-from m2mkd_ds.teacher.feed import BatchRequest, TeacherFeed
-from m2mkd_ds.train.bad_samples import FILE_NAME, BadSampleList
+from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
+from m2mkd_ds.train.bad_samples import FILE_NAME, BadSampleList, lists_of_phase
 from m2mkd_ds.train.balance import Loads, add_loads, balance_routers
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.resume import resume, save
@@ -30,10 +31,24 @@ class NonFiniteLossError(RuntimeError):
     """A loss or gradient became NaN or infinite; the message names trainee, step and the slots of the micro-batch."""
 
 
+@dataclass
+class Fed:
+    """What one rank's batches cost it since the last line of metrics."""
+
+    wait_s: float = 0.0
+    fallbacks: int = 0
+
+    def add(self, batch: TeacherBatch) -> None:
+        """Count one more batch."""
+        self.wait_s += batch.wait_s
+        self.fallbacks += batch.fallbacks
+
+
 def train(job: Job) -> None:
     """Run the job to its last step. Resumes by itself from each trainee's newest good checkpoint.
 
-    Raises, on every rank at the same step, NonFiniteLossError, or BadDataError past the cap of damaged samples; ConfigError for a
+    Raises, on every rank at the same step, NonFiniteLossError, or BadDataError past the cap of damaged samples or where nothing can be
+    read; ConfigError for a
     checkpoint of other data or of another global batch.
     """
     for trainee in job.trainees:
@@ -46,7 +61,10 @@ def train(job: Job) -> None:
         trainee.metrics = MetricsWriter(trainee.folder / "metrics.jsonl", resume_step=trainee.step)
         if job.tensorboard:
             trainee.metrics.attach_tensorboard(trainee.folder / "tensorboard")
-    bad = BadSampleList(job.folder / FILE_NAME, cap=job.max_bad_samples, world=job.world, what=job.phase_name, start_step=start)
+    bad = BadSampleList(
+        job.folder / FILE_NAME, cap=job.max_bad_samples, world=job.world, what=job.phase_name, start_step=start,
+        others=lists_of_phase(job.folder),
+    )  # fmt: skip
     feed = job.make_feed(start)
     try:
         _run_steps(job, feed, start, bad)
@@ -63,25 +81,27 @@ def train(job: Job) -> None:
 def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> None:
     eval_every = _steps_between_evaluations(job)
     began = clock = time.monotonic()
-    since_log = 0
+    since_log, fed = 0, Fed()
     with Progress(job.total_steps, job.phase_name, enabled=job.world.rank == 0, start=start) as bar:
         for step in range(start, job.total_steps):
             # A trainee that was trained further elsewhere waits until the others have caught up.
             active = [trainee for trainee in job.trainees if trainee.step == step]
             log = step % job.phase.log_steps == 0 or step + 1 == job.total_steps
-            _train_step(job, feed, active, step, log, bad)
+            _train_step(job, feed, active, step, log, bad, fed)
             since_log += job.global_batch_size
             if log:
                 now = time.monotonic()
                 for trainee in active:
+                    trainee.pending |= {"data/wait_share": fed.wait_s / (now - clock), "data/fallbacks": fed.fallbacks}
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
+                    trainee.pending["data/fallbacks"] = round(trainee.pending["data/fallbacks"] * job.world.size)
                     trainee.pending.update(lr=_learning_rate(job, step), images_per_second=since_log / (now - clock), time_s=now - began)
                     trainee.pending["data/bad_samples"] = bad.total
-                clock, since_log = now, 0
+                clock, since_log, fed = now, 0, Fed()
             done = step + 1
             if done == job.total_steps or (eval_every and done % eval_every == 0):
                 _evaluate(job, active)
-                clock, since_log = time.monotonic(), 0  # throughput is that of training alone
+                clock, since_log, fed = time.monotonic(), 0, Fed()  # throughput is that of training alone
             for trainee in active:
                 if trainee.metrics is not None and trainee.pending:
                     trainee.metrics.write({"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending})
@@ -90,11 +110,12 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
             bar.advance(note=_note(active))
 
 
-def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList) -> None:
+def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList, fed: Fed) -> None:
     """One optimizer step of every active trainee: accumulate micro-batches, agree that all losses are finite and the data good, step."""
     phase, world, layout = job.phase, job.world, job.layout
     lr = _learning_rate(job, step)
     found: list[BadSample] = []
+    lost = ""
     losses: list[tuple[str, range, Tensor]] = []
     loads: dict[str, Loads] = {trainee.name: {} for trainee in active if trainee.routers}
     for micro_step in range(phase.gradient_accumulation_steps):
@@ -103,6 +124,8 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
         request = BatchRequest(step, micro_step, slots, tuple(t.pair for t in active), job.with_teacher)
         batch = feed.batch(request)
         found += batch.bad
+        lost = lost or batch.lost
+        fed.add(batch)
         for trainee in active:
             seed_micro_batch(job.seed, job.phase_name, trainee.pair, slots.start)
             output = trainee.step_fn(batch, log and last)
@@ -112,7 +135,7 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
             if trainee.routers:
                 loads[trainee.name] = add_loads(loads[trainee.name], output.load)
         if last:
-            _agree(losses, found, step, world, bad)
+            _agree(losses, found, lost, step, world, bad)
         for trainee in active:
             grad_norm = trainee.engine.step(lr)
             if last:
@@ -145,14 +168,16 @@ def _after_optimizer_step(trainee: Trainee, step: int, grad_norm: float | None) 
     trainee.step = step + 1
 
 
-def _agree(losses: list[tuple[str, range, Tensor]], found: list[BadSample], step: int, world: World, bad: BadSampleList) -> None:
+def _agree(
+    losses: list[tuple[str, range, Tensor]], found: list[BadSample], lost: str, step: int, world: World, bad: BadSampleList
+) -> None:
     """Before the optimizer step, in one sum over the ranks: did any see a NaN or infinite loss (trainee, slots, loss), or damaged
-    samples? Then every rank raises, or records them."""
+    samples (a lost batch has some)? Then every rank raises, or records them."""
     bad_losses = ~torch.isfinite(torch.stack([loss for _, _, loss in losses]))
     counts = torch.stack([bad_losses.sum(), torch.full_like(bad_losses[0], len(found), dtype=torch.int64)])
     not_finite, damaged = all_reduce_sum(counts.to(world.device)).tolist()  # the step's one host sync
     if damaged:
-        bad.add(step + 1, found)
+        bad.add(step + 1, found, lost)
     if not_finite:
         here: dict[str, list[int]] = {}
         for (name, slots, _), is_bad in zip(losses, bad_losses.tolist(), strict=True):

@@ -21,8 +21,8 @@ from typing import Any
 
 from m2mkd_ds import __version__
 from m2mkd_ds.checkpoint.store import file_sha256, read_json, write_json_atomic
-from m2mkd_ds.config import ConfigError, RunConfig, to_dict
-from m2mkd_ds.train.batch import batch_change, expected_ranks, images_need_micro_batch, is_layout
+from m2mkd_ds.config import ConfigError, DataConfig, RunConfig, to_dict
+from m2mkd_ds.train.batch import batch_change, expected_ranks, is_layout, layout_of_images
 
 ASSEMBLY = "student.keep_stitches"
 """Decides how modules are put together, not how they are trained."""
@@ -118,8 +118,18 @@ def relevant_config(config: RunConfig, node: Node) -> dict[str, Any]:
         picked.pop("teacher.weights", None)
     for path in [p for p in picked if p.endswith((".log_steps", ".checkpoint_steps", ".eval_epochs"))]:
         picked.pop(path)
-    kept = ".micro_batch_size" if images_need_micro_batch(config.data.augment) else ()
+    for path in _idle(config.data):
+        picked.pop(path, None)
+    kept = layout_of_images(config.data.augment)
     return {path: value for path, value in picked.items() if not is_layout(path) or path.endswith(kept)}
+
+
+def _idle(data: DataConfig) -> list[str]:
+    """Fields of the data that nothing reads with the others as they are."""
+    augment = data.augment
+    idle = [] if data.order == "block" else ["data.order_window"]
+    idle += [] if augment.repeats > 1 else ["data.augment.repeat_mode"]
+    return idle + ([] if augment.mixes else [f"data.augment.{key}" for key in ("mix_group", "mix_prob", "mix_switch_prob")])
 
 
 def relevant_layout(config: RunConfig, node: Node) -> dict[str, Any]:
@@ -262,10 +272,15 @@ def node_state(config: RunConfig, node: Node, root: Path, data_fingerprints: Map
 
 
 def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """`m2mkd.lr: 0.001 -> 0.002`, or an empty string."""
-    for path in sorted(set(before) | set(now)):
-        if before.get(path) != now.get(path):
-            return f"{path} changed: {before.get(path)} -> {now.get(path)}"
+    """`m2mkd.lr changed: 0.001 -> 0.002`, or an empty string. What only one side has comes last: a field may count or not because of
+    another one that changed."""
+    for path in sorted(before.keys() & now.keys()):
+        if before[path] != now[path]:
+            return f"{path} changed: {before[path]} -> {now[path]}"
+    for path in sorted(now.keys() - before.keys()):
+        return f"made by an older version, which did not have {path}"
+    for path in sorted(before.keys() - now.keys()):
+        return f"made by another version, for which {path} ({before[path]}) counted"
     return ""
 
 

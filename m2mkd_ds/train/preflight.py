@@ -7,6 +7,10 @@ from dataclasses import replace
 
 from m2mkd_ds.checkpoint.hf_export import check_exportable, parse_size
 from m2mkd_ds.config import PHASES, ConfigError, PhaseConfig
+from m2mkd_ds.data.order import make_order
+from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.data.transforms import Mixer, train_parts
+from m2mkd_ds.data_config import check_mixing
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.groups import check_expert_parallel
 from m2mkd_ds.distributed.world import World
@@ -22,11 +26,14 @@ def check_settings(ctx: RunContext, names: Sequence[str], *, ranks_known: bool =
 
     `ranks_known`: false before a launch whose number of ranks the launcher will decide; the ranks then check what depends on it.
     """
+    if any(name in PHASES for name in names):
+        _check_augmentation(ctx)
     for name in names:
         if name in PHASES:
             phase = baseline_phase(ctx) if name == "baseline" else getattr(ctx.config, name)
             try:
                 _check_phase(ctx, name, phase)
+                _check_images(ctx, phase, ranks_known)
             except ValueError as err:
                 raise ConfigError(f"{name}: {err}") from None
             _check_experts(ctx, name, phase, ranks_known)
@@ -35,9 +42,6 @@ def check_settings(ctx: RunContext, names: Sequence[str], *, ranks_known: bool =
 
 
 def _check_phase(ctx: RunContext, name: str, phase: PhaseConfig) -> None:
-    augment = ctx.config.data.augment
-    if phase.micro_batch_size % 2 and (augment.mixup or augment.cutmix):
-        raise ConfigError(f"micro_batch_size is {phase.micro_batch_size}; mixup and cutmix mix pairs of images, make it even")
     batch = global_batch(ctx, phase)
     scaled_lr(phase, batch)
     num_warmup_steps(phase, ctx.train_index.num_samples, batch)
@@ -52,6 +56,31 @@ def _check_phase(ctx: RunContext, name: str, phase: PhaseConfig) -> None:
             hidden=student.hidden_dim,
             activation=student.activation,
         )
+
+
+def _check_augmentation(ctx: RunContext) -> None:
+    """Build the training transform once: timm says here, and not in a worker hours later, what it does not know."""
+    data = ctx.config.data
+    try:
+        train_parts(data)
+    except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError) as err:  # timm asserts, and indexes into what it has split
+        policy = data.augment.auto_augment
+        raise ConfigError(
+            f"data.augment: timm cannot build the training transform with auto_augment {policy!r} ({type(err).__name__}: {err}); give a "
+            "policy that it knows, such as rand-m9-mstd0.5-inc1, original or augmix-m5-w4-d2, or none"
+        ) from None
+
+
+def _check_images(ctx: RunContext, phase: PhaseConfig, ranks_known: bool) -> None:
+    """Whether this phase's micro-batches can be mixed as asked for, and its ranks given images."""
+    data, seed = ctx.config.data, ctx.config.seed
+    Mixer(data.augment, data.num_classes, seed).check(phase.micro_batch_size)
+    check_mixing(data.augment, phase.micro_batch_size, ctx.world.size if ranks_known else None)
+    if ranks_known:
+        layout = BatchLayout(
+            micro_batch_size=phase.micro_batch_size, accumulation=phase.gradient_accumulation_steps, world=ctx.world.size
+        )  # fmt: skip
+        make_order(data, seed, ctx.train_index.shard_sizes, layout)
 
 
 def _has_experts(ctx: RunContext, name: str) -> bool:

@@ -19,6 +19,7 @@ from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distributed.world import World, barrier, broadcast_object
 from m2mkd_ds.logs import logger
 from m2mkd_ds.train.job import Job, Trainee
+from m2mkd_ds.train.nodes import read_done
 
 
 def save(trainee: Trainee, job: Job) -> None:
@@ -36,15 +37,17 @@ def save(trainee: Trainee, job: Job) -> None:
 def resume(trainee: Trainee, job: Job) -> None:
     """Go on from the newest checkpoint that verifies and belongs to this very node; without one, stay at step 0. Collective.
 
-    Raises ConfigError, on every rank, for one that was made on another data stream or with another global batch.
+    Checkpoints of another configuration are set aside. Raises ConfigError, on every rank, for those of a phase that was stopped midway
+    on another data stream, or with another global batch.
     """
     # Verifying reads every byte: once, on rank 0, and not by every rank.
-    found = broadcast_object(latest_checkpoint(trainee.folder / "checkpoints") if job.world.is_main else None)
+    found = broadcast_object(_find(trainee.folder) if job.world.is_main else None)
     if found is None:
         return
-    folder, record = found
+    folder, record, finished = found
     same_node = record["fingerprint"] == trainee.fingerprint
-    if same_node or "stream" in record:  # records without one are older than this check, and of other nodes
+    # Records without a stream are older than this check, and of other nodes.
+    if same_node or ("stream" in record and not finished):
         _check_stream(folder, record, job)
     if not same_node:
         logger.warning("%s: %s was made for another configuration or other inputs; starting from step 0", trainee.name, folder)
@@ -55,6 +58,15 @@ def resume(trainee: Trainee, job: Job) -> None:
     trainee.engine.load(folder)
     trainee.step = int(record["step"])
     logger.info("%s: resumed from step %d", trainee.name, trainee.step)
+
+
+def _find(folder: Path) -> tuple[Path, dict[str, Any], bool] | None:
+    """The newest good checkpoint, its record, and whether the phase that made it was finished: then nothing is lost by another one."""
+    found = latest_checkpoint(folder / "checkpoints")
+    if found is None:
+        return None
+    done = read_done(folder)
+    return *found, done is not None and done["fingerprint"] == found[1]["fingerprint"]
 
 
 def _check_stream(folder: Path, record: Mapping[str, Any], job: Job) -> None:

@@ -176,6 +176,13 @@ def test_numbers_of_a_phase_out_of_range_are_refused(phase: str, text: str, mess
         (["data.num_classes=0"], r"data\.num_classes is 0; it must be at least 1"),
         (["data.num_workers=-1"], r"data\.num_workers is -1; it must be at least 0"),
         (["data.crop_pct=0"], r"data\.crop_pct is 0\.0; allowed is 0\.01 to 1"),
+        (["data.augment.crop_scale=[0.5,0.1]"], r"data\.augment\.crop_scale is \[0\.5, 0\.1\]: give \[smallest, largest\]"),
+        (["data.augment.crop_scale=[0,1]"], r"data\.augment\.crop_scale is \[0\.0, 1\.0\]"),
+        (["data.std=[0.2,0,0.2]"], r"data\.std is \[0\.2, 0\.0, 0\.2\]: .* above 0"),
+        (
+            ["data.augment.mixup=1", "data.augment.repeats=3"],
+            r"mix_group is 2 and .*repeats is 3: .* multiple of 6, or 0 for the whole micro-batch and a micro_batch_size that is one$",
+        ),
         (["data.augment.hflip=2"], r"data\.augment\.hflip is 2\.0; allowed is 0 to 1"),
         (["data.augment.label_smoothing=-1"], r"data\.augment\.label_smoothing is -1\.0; allowed is 0 to 1"),
         (["launch.num_gpus=-2"], r"launch\.num_gpus is -2; it must be at least 0"),

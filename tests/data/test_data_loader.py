@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,6 +292,30 @@ def test_impossible_loaders_are_refused(digits_folder: Path, digits_train: Shard
         train_loader(digits_train, data, start=4)
     with pytest.raises(ValueError, match="num_classes is 3, but .* has 10 classes"):
         train_loader(digits_train, dataclasses.replace(data, num_classes=3))
+
+
+@pytest.mark.parametrize(
+    ("repeat_mode", "mb", "world", "message"),
+    [
+        ("stream", 8, 1, "micro_batch_size is 8, .* mixed with itself; make micro_batch_size a multiple of 6"),
+        ("deit", 8, 2, "spreads 3 uses of an image over the ranks, and there are 2: .* launch at least 3 ranks"),
+        ("stream", 12, 1, ""),
+        ("deit", 8, 3, ""),
+    ],
+)
+def test_no_image_is_mixed_with_itself(
+    digits_folder: Path, digits_train: ShardIndex, repeat_mode: Any, mb: int, world: int, message: str
+) -> None:
+    augment = AugmentConfig(crop_scale=(1.0, 1.0), mixup=0.8, mix_group=0, repeats=3, repeat_mode=repeat_mode)
+    data = data_config(digits_folder, augment)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            train_loader(digits_train, data, mb=mb, world=world)
+        return
+    loader = train_loader(digits_train, data, mb=mb, world=world, rank=world - 1)
+    for batch in loader:
+        samples = [loader.order.slot(position).sample for position in batch.slot_ids_B.tolist()]
+        assert all(sample != mirror for sample, mirror in zip(samples, reversed(samples), strict=True))
 
 
 def test_a_shard_that_vanishes_is_found_before_training(digits_folder: Path, tmp_path: Path) -> None:

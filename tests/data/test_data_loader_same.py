@@ -181,6 +181,20 @@ def test_so_many_substitutes_are_tried_and_no_more(tmp_path: Path) -> None:
         load(index, replace(config("fast", augment=AugmentConfig()), num_classes=1), mb=2)
 
 
+@pytest.mark.parametrize(("decode", "num_workers"), [("pil", 0), ("fast", 1)])
+def test_a_batch_that_is_lost_can_be_had_with_all_that_was_tried(good: ShardIndex, tmp_path: Path, decode: str, num_workers: int) -> None:
+    samples = [(b"no image", "jpg", 0, f"k{i}") for i in range(5)]
+    index = write_shards(samples, tmp_path / "x", total=5, class_names=("a",), source="s", license="MIT")
+    data = replace(config(decode, augment=AugmentConfig(), num_workers=num_workers), num_classes=1)
+    loader = TrainLoader(index, data, seed=1, micro_batch_size=2, accumulation=1, rank=1, world=2, start_step=0, total_steps=1,
+                         raise_lost=False)  # fmt: skip
+    (batch,) = loader
+    assert batch.lost is not None and batch.lost.kind == "undecodable" and "nor can any of the 4 samples" in str(batch.lost)
+    assert sorted(record.sample for record in batch.bad) == [0, 1, 2, 3, 4]
+    assert {(record.position, record.substitute) for record in batch.bad} == {(2, -1)}  # rank 1 begins at position 2
+    assert batch.slot_ids_B.tolist() == [2, 3] and batch.images_BCHW.shape == (2, 3, 16, 16) and bool(batch.images_BCHW.isfinite().all())
+
+
 class Failing:
     """An operation of a policy that fails."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.loader import ImageBatch
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import teaching_pairs
@@ -41,7 +42,8 @@ class TwoBatches:
             self.calls["decode"] += 1
             slots = torch.arange(4 * step, 4 * step + 4)
             images = slots.float()[:, None, None, None].expand(4, 3, 2, 2)
-            yield ImageBatch(images, torch.eye(4), torch.arange(4), slots, step, 0)
+            lost = SampleError("the disk is gone") if step else None
+            yield ImageBatch(images, torch.eye(4), torch.arange(4), slots, step, 0, fallbacks=step + 2, wait_s=0.5 - step / 4, lost=lost)
 
 
 def make_feed(dtype: torch.dtype = torch.float32) -> tuple[ColocatedFeed, Counter[str]]:
@@ -90,3 +92,9 @@ def test_teacher_and_hidden_states_carry_no_gradient_and_take_the_runs_dtype() -
     batch = feed.batch(request(0))
     assert not any(t.requires_grad for t in (*batch.hidden.values(), *batch.teacher_logits.values()))
     assert batch.hidden[0].dtype == torch.bfloat16 and batch.targets_BV.dtype == torch.float32
+
+
+def test_what_the_loader_tells_of_a_batch_is_passed_on() -> None:
+    feed, _ = make_feed()
+    told = [(batch.lost, batch.wait_s, batch.fallbacks) for batch in (feed.batch(request(0)), feed.batch(request(1)))]
+    assert told == [("", 0.5, 2), ("the disk is gone", 0.25, 3)]

@@ -88,6 +88,7 @@ def foreign_checkpoints(out: Path, shards: Path) -> dict[str, str]:
         ("fingerprint", 16, {"fingerprint": "of other images"}),
         ("position", 16, {"position": 17}),
         ("settings", 16, {}),
+        ("finished", 16, {"seed": 5}),
     ):
         config = config_for(out / f"foreign_{name}", shards)
         ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
@@ -99,6 +100,8 @@ def foreign_checkpoints(out: Path, shards: Path) -> dict[str, str]:
             (folder / "state.pt").write_bytes(b"never read")
 
         commit_checkpoint(ctx.root / PHASE / "checkpoints", 1, write, record, is_main=True, barrier=lambda: None)
+        if name == "finished":  # the phase of that seed came to its end
+            (ctx.root / PHASE / "done.json").write_text(json.dumps({"fingerprint": print_, "files": {}}))
         seen[name] = attempt(config, PHASE)
     return seen
 
@@ -112,7 +115,7 @@ def main() -> None:
     results["missing_input"] = attempt(config_for(out / "new", shards), "m2mkd")
     results["new"] = files(out / "new") if (out / "new").exists() else {}
     results["foreign"] = foreign_checkpoints(out, shards)
-    results["aside"] = files(out / "foreign_settings" / PHASE)
+    results["aside"] = {name: files(out / f"foreign_{name}" / PHASE) for name in ("settings", "finished")}
     results["full"] = full_disk(out, shards, results["files"])
     results["done"] = json.loads((out / "good" / PHASE / "done.json").read_text())
     (out / "results.json").write_text(json.dumps(results))

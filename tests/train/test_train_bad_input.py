@@ -182,9 +182,12 @@ def test_a_checkpoint_of_other_images_stops_the_phase_with_both_fingerprints(res
     assert f"its data stream has fingerprint of other images, this run has {ours}" in results["foreign"]["fingerprint"]
 
 
-def test_a_checkpoint_of_other_settings_on_the_same_stream_is_set_aside(results: dict[str, Any]) -> None:
-    assert results["foreign"]["settings"] == ""
-    assert {"checkpoints.outdated/step-00000001/state.pt", "weights.safetensors", "done.json"} <= results["aside"].keys()
+@pytest.mark.parametrize("case", ["settings", "finished"])
+def test_checkpoints_of_other_settings_are_set_aside_and_of_another_stream_where_its_phase_was_finished(
+    results: dict[str, Any], case: str
+) -> None:
+    assert results["foreign"][case] == ""
+    assert {"checkpoints.outdated/step-00000001/state.pt", "weights.safetensors", "done.json"} <= results["aside"][case].keys()
 
 
 def test_a_full_disk_at_the_end_of_a_phase_leaves_no_result(results: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Two ranks, the loop and the loader are in test_train_kill_resume.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import read_metrics
-from m2mkd_ds.train.bad_samples import BadDataError, BadSampleList, resolve_cap
+from m2mkd_ds.train.bad_samples import BadDataError, BadSampleList, lists_of_phase, resolve_cap
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,29 @@ def test_a_job_that_goes_on_knows_what_was_met_before_its_first_step_and_forgets
     assert [record["step"] for record in read_metrics(again.file)] == [2, 4, 5, 6]
     with pytest.raises(BadDataError, match="4 training samples are damaged at step 7, and data.max_bad_samples allows 3"):
         again.add(7, [bad(70)])
+
+
+def test_where_nothing_can_be_read_the_list_is_written_before_the_error(world: World, tmp_path: Path) -> None:
+    bads = new_list(world, tmp_path)
+    with pytest.raises(BadDataError, match=r"^m2mkd: no image could be read at step 3: the disk is gone\. 2 damaged .*\(io 2; .*verify`$"):
+        bads.add(3, [replace(bad(i, kind="io"), substitute=-1) for i in (7, 8)], lost="the disk is gone")
+    assert [(record["step"], record["sample"], record["substitute"]) for record in read_metrics(bads.file)] == [(3, 7, -1), (3, 8, -1)]
+
+
+def test_a_job_of_other_pairs_knows_what_their_jobs_met_up_to_its_step(world: World, tmp_path: Path) -> None:
+    for folder, samples in (("pair_0", (1, 2, 3)), ("pair_1", (1, 4)), (".", (5,))):
+        other = new_list(world, tmp_path / folder)
+        for step, sample in enumerate(samples):
+            other.add(step + 1, [bad(sample)])
+        other.close()
+    own = tmp_path / "pair_1" / "bad_samples.jsonl"
+    lists = lists_of_phase(own.parent)
+    assert len(lists) == 3 and lists == lists_of_phase(tmp_path)
+    again = BadSampleList(own, cap=9, world=world, what="m2mkd", start_step=2, others=lists)
+    assert again.total == 4  # 1 and 4 of its own, 2 of pair 0's, 5 of all pairs'; 3 came in step 3
+    again.close()
+    assert [record["sample"] for record in read_metrics(own)] == [1, 4]  # the lists stay apart
+    assert len(read_metrics(tmp_path / "pair_0" / "bad_samples.jsonl")) == 3
 
 
 def test_only_the_first_ten_shards_are_named(world: World, tmp_path: Path) -> None:

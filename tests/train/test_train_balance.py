@@ -70,7 +70,7 @@ def one_step(world: World, folder: Path, accumulation: int, precision: str = "fp
         folder=folder, stream=StreamState(seed=0, fingerprint="", order="global", position=0), max_bad_samples=0,
     )  # fmt: skip
     bad = BadSampleList(folder / "bad_samples.jsonl", cap=0, world=world, what="end_to_end", start_step=0)
-    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True, bad)
+    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True, bad, loop.Fed())
     return model, trainee
 
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2mkd_ds.config import ConfigError, RunConfig, apply_overrides
+from m2mkd_ds.distributed.world import World
 from m2mkd_ds.recipes import get_recipe
+from m2mkd_ds.train.context import open_run
 from m2mkd_ds.train.nodes import (
     build_dag,
     describe_change,
@@ -20,8 +23,10 @@ from m2mkd_ds.train.nodes import (
     output_hashes,
     read_done,
     relevant_config,
+    write_done,
 )
-from tests.train.finished_run import DATA, finish, finish_all
+from m2mkd_ds.train.phases.finish import unfinished_pairs
+from tests.train.finished_run import DATA, finish, finish_all, tiny_config
 
 TINY = get_recipe("tiny")
 TRAINED = {"pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline"}
@@ -74,6 +79,9 @@ def test_a_field_changes_exactly_the_nodes_that_it_matters_to(override: str, exp
         "tensorboard=true", "teacher.weights=unused.pth", "teacher.feed=colocated", "m2mkd.micro_batch_size=8",
         "m2mkd.gradient_accumulation_steps=2", "end_to_end.ep_size=2", "pretrain_meta.ds_config=zero2", "data.cache_dir=/elsewhere",
         "data.cache_gb=1", "data.look_ahead=1", "data.io_deadline_s=1", "data.allow_pipe=true", "data.max_bad_samples=7",
+        # tiny has order=global, repeats=1 and no mixing
+        "data.order_window=4", "data.augment.repeat_mode=deit", "data.augment.mix_group=4", "data.augment.mix_prob=0.5",
+        "data.augment.mix_switch_prob=0.1",
     ],
 )  # fmt: skip
 def test_a_field_that_does_not_change_results_changes_no_node(override: str) -> None:
@@ -88,6 +96,49 @@ def test_the_micro_batch_counts_where_whole_micro_batches_are_mixed() -> None:
     assert describe_change(relevant_config(base, node), relevant_config(other, node)) == "m2mkd.micro_batch_size changed: 16 -> 8"
     fixed = [apply_overrides(config, ["data.augment.mix_group=2"]) for config in (base, other)]
     assert relevant_config(fixed[0], node) == relevant_config(fixed[1], node)
+
+
+@pytest.mark.parametrize(
+    ("used", "override"),
+    [
+        (["data.order=block"], "data.order_window=4"),
+        (["data.augment.repeats=2"], "data.augment.repeat_mode=deit"),
+        (["data.augment.mixup=0.8"], "data.augment.mix_group=4"),
+        (["data.augment.cutmix=1"], "data.augment.mix_prob=0.5"),
+        (["data.augment.cutmix=1", "data.augment.mixup=0.8"], "data.augment.mix_switch_prob=0.1"),
+    ],
+)
+def test_a_field_of_the_data_counts_where_it_is_used(used: list[str], override: str) -> None:
+    node = find_node(TINY, "m2mkd")
+    before, after = (relevant_config(apply_overrides(TINY, words), node) for words in (used, [*used, override]))
+    assert describe_change(before, after).startswith(override.split("=")[0] + " changed: ")
+
+
+def test_the_layout_counts_where_it_deals_the_images_to_ranks() -> None:
+    deit = ["data.augment.repeats=2", "data.augment.repeat_mode=deit"]
+    other = [*deit, "m2mkd.micro_batch_size=8", "m2mkd.gradient_accumulation_steps=2"]
+    for name in ("m2mkd", "baseline"):  # the control is as long as m2mkd, whose batch is a setting of it too
+        node = find_node(TINY, name)
+        before, after = (relevant_config(apply_overrides(TINY, words), node) for words in (deit, other))
+        assert {path for path in after if before[path] != after[path]} == {
+            "m2mkd.micro_batch_size", "m2mkd.gradient_accumulation_steps",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "left"), [("deit", [1]), ("stream", [])])
+def test_pairs_that_ranks_give_other_images_do_not_make_one_node(tmp_path: Path, digits_shards: Path, mode: str, left: list[int]) -> None:
+    config = tiny_config(tmp_path, digits_shards, "data.augment.repeats=2", f"data.augment.repeat_mode={mode}")
+    finish_all(config, tmp_path)
+    ctx = open_run(config, World(0, 2, 0, 2, torch.device("cpu")))
+    node = find_node(config, "m2mkd")
+    print_ = fingerprint(config, node, tmp_path, DATA)
+    for pair, ranks in ((0, 2), (1, 4)):
+        file = tmp_path / "m2mkd" / f"pair_{pair}" / "weights"
+        file.parent.mkdir()
+        file.write_text("weights")
+        write_done(file.parent, node, config, print_, [file], world_size=ranks)
+    assert [ctx.pairs[i].index for i in range(2)] == [0, 1] and len(ctx.pairs) == 2
+    assert unfinished_pairs(ctx, node, print_) == left
 
 
 def test_the_content_of_the_data_counts_where_it_is_read(tmp_path: Path) -> None:
@@ -156,7 +207,11 @@ def test_describe_change_names_the_field_and_both_values() -> None:
     before = {"m2mkd.lr": 0.001, "seed": 0, "old": 1}
     assert describe_change(before, dict(before)) == ""
     assert describe_change(before, {**before, "m2mkd.lr": 0.002}) == "m2mkd.lr changed: 0.001 -> 0.002"
-    assert describe_change(before, {"m2mkd.lr": 0.001, "seed": 0}) == "old changed: 1 -> None"
+    assert describe_change(before, {"m2mkd.lr": 0.001, "seed": 0}) == "made by another version, for which old (1) counted"
+    assert describe_change(before, {**before, "data.decode": "pil"}) == "made by an older version, which did not have data.decode"
+    # repeat_mode counts because repeats changed, and that is what is said
+    counted = {**before, "data.augment.repeat_mode": "stream", "data.augment.repeats": 3}
+    assert describe_change({**before, "data.augment.repeats": 1}, counted) == "data.augment.repeats changed: 1 -> 3"
 
 
 def judge(config: RunConfig, root: Path, name: str, *, rerun: str = "", data: dict[str, str] = DATA) -> tuple[bool, str]:

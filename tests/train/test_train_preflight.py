@@ -59,6 +59,37 @@ def test_an_ep_size_is_left_to_the_ranks_where_the_launcher_decides_on_their_num
     check_settings(ctx, names(ctx), ranks_known=False)
 
 
+REPEATED = ["data.augment.mixup=0.8", "data.augment.mix_group=0", "data.augment.repeats=3"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.augment.mixup=0.8", "data.augment.mix_group=4", "m2mkd.micro_batch_size=14"],
+         "^m2mkd: micro_batch_size is 14 and data.augment.mix_group is 4: .*must divide micro_batch_size"),
+        # tiny has 16 images a micro-batch: 7 and 8 mirror each other, and are uses of image 7 // 3 = 8 // 3 = 2
+        (REPEATED, "^pretrain_meta: micro_batch_size is 16, .*mix_group is 0 and .*repeats is 3: .* a multiple of 6"),
+        ([*REPEATED, "data.augment.repeat_mode=deit"], "^pretrain_meta: .*repeat_mode=deit spreads 3 uses .* there are 2: .*least 3 ranks"),
+        (["data.augment.repeats=2", "data.augment.repeat_mode=deit", "launch.num_gpus=1300"],
+         "^pretrain_meta: repeat_mode=deit gives no samples to 1300 ranks from 1438 images"),
+        (["data.augment.auto_augment=rnad-m9"], "^data.augment: .*auto_augment 'rnad-m9'.*rand-m9-mstd0.5-inc1"),
+    ],
+)  # fmt: skip
+def test_augmentation_that_cannot_be_is_said_before_a_loader_is_built(
+    tmp_path: Path, digits_shards: Path, overrides: list[str], message: str
+) -> None:
+    ctx = context(tmp_path, digits_shards, *overrides)
+    with pytest.raises(ConfigError, match=message):
+        check_settings(ctx, names(ctx))
+
+
+def test_what_depends_on_the_ranks_waits_for_them(tmp_path: Path, digits_shards: Path) -> None:
+    ctx = context(tmp_path, digits_shards, *REPEATED, "data.augment.repeat_mode=deit")
+    check_settings(ctx, names(ctx), ranks_known=False)
+    ctx = context(tmp_path, digits_shards, *REPEATED, "data.augment.repeat_mode=deit", "launch.num_gpus=3")
+    check_settings(ctx, names(ctx))
+
+
 def test_odd_micro_batches_cannot_be_mixed(tmp_path: Path, digits_shards: Path) -> None:
     ctx = context(tmp_path, digits_shards, "data.augment.mixup=0.8", "end_to_end.micro_batch_size=15")
     with pytest.raises(ConfigError, match="end_to_end: micro_batch_size is 15"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from m2mkd_ds import __version__
@@ -46,8 +47,18 @@ def finish_node(ctx: RunContext, node: Node, print_: str, started: float) -> Non
 
 def unfinished_pairs(ctx: RunContext, node: Node, print_: str) -> list[int]:
     """Pairs of the node whose result for this fingerprint is not there yet."""
-    folder = ctx.root / node.name
-    return [pair.index for pair in ctx.pairs if not is_done(folder / f"pair_{pair.index}", node, ctx.config, print_, ctx.world.size)]
+    folders = {pair.index: ctx.root / node.name / f"pair_{pair.index}" for pair in ctx.pairs}
+    return [
+        index
+        for index, folder in folders.items()
+        if not is_done(folder, node, ctx.config, print_, ctx.world.size) or _has_other_images(ctx, folder)
+    ]
+
+
+def _has_other_images(ctx: RunContext, folder: Path) -> bool:
+    """Whether the pair was finished on a number of ranks that gives other images (repeat_mode=deit): pairs of a node share them."""
+    done = read_done(folder) or {}
+    return ctx.config.data.augment.repeats_as_deit and done.get("world_size") != ctx.world.size
 
 
 def lineage(ctx: RunContext, node: Node, pair: int | None) -> dict[str, str]:

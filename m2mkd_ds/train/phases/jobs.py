@@ -78,6 +78,7 @@ def feed_factory(
             start_step=start_step,
             total_steps=total_steps,
             device=ctx.world.device,
+            raise_lost=False,  # the loop stops every rank at the same step
         )
         return ColocatedFeed(loader, pairs, meta, teachers, device=ctx.world.device, dtype=ctx.dtype(phase.precision))
 
