@@ -1,14 +1,18 @@
 """The colocated feed: addressed by slots, one decode and one prefix walk a batch whatever the number of pairs."""
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from m2mkd_ds.data.loader import ImageBatch
+from m2mkd_ds.config import DataConfig
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.loader import ImageBatch, TrainLoader
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import teaching_pairs
 from m2mkd_ds.teacher.colocated import ColocatedFeed
@@ -90,3 +94,16 @@ def test_teacher_and_hidden_states_carry_no_gradient_and_take_the_runs_dtype() -
     batch = feed.batch(request(0))
     assert not any(t.requires_grad for t in (*batch.hidden.values(), *batch.teacher_logits.values()))
     assert batch.hidden[0].dtype == torch.bfloat16 and batch.targets_BV.dtype == torch.float32
+
+
+def test_no_worker_outlives_close(digits_folder: Path) -> None:
+    data = DataConfig(num_classes=10, image_size=16, num_workers=2)
+    loader = TrainLoader(
+        ShardIndex.load(digits_folder / "train"), data, seed=0, micro_batch_size=4, accumulation=1, rank=0, world=1, start_step=0,
+        total_steps=50,
+    )  # fmt: skip
+    feed = ColocatedFeed(loader, PAIRS[:1], FrozenMeta({}), {}, device=torch.device("cpu"), dtype=torch.float32)
+    feed.batch(request(0, pairs=(0,), teacher=False))
+    assert len(multiprocessing.active_children()) == 2
+    feed.close()
+    assert multiprocessing.active_children() == []
