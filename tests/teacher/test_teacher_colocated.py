@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import ImageBatch, TrainLoader
+from m2mkd_ds.data.sources.registry import make_source
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import teaching_pairs
 from m2mkd_ds.teacher.colocated import ColocatedFeed
@@ -96,10 +97,11 @@ def test_teacher_and_hidden_states_carry_no_gradient_and_take_the_runs_dtype() -
     assert batch.hidden[0].dtype == torch.bfloat16 and batch.targets_BV.dtype == torch.float32
 
 
-def test_no_worker_outlives_close(digits_folder: Path) -> None:
+def test_no_worker_outlives_close(tmp_path: Path) -> None:
+    make_source("digits", tmp_path)
     data = DataConfig(num_classes=10, image_size=16, num_workers=2)
     loader = TrainLoader(
-        ShardIndex.load(digits_folder / "train"), data, seed=0, micro_batch_size=4, accumulation=1, rank=0, world=1, start_step=0,
+        ShardIndex.load(tmp_path / "train"), data, seed=0, micro_batch_size=4, accumulation=1, rank=0, world=1, start_step=0,
         total_steps=50,
     )  # fmt: skip
     feed = ColocatedFeed(loader, PAIRS[:1], FrozenMeta({}), {}, device=torch.device("cpu"), dtype=torch.float32)
