@@ -122,7 +122,7 @@ def test_bytes_that_stay_damaged_are_an_error_and_not_kept(server: FaultyServer,
 @pytest.mark.parametrize("change", [lambda data: data + b"x", lambda data: data[:-1]], ids=["longer", "shorter"])
 def test_another_length_is_an_error_and_not_kept(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, "f" * 64, 10**6)
-    with pytest.raises(ShardError, match="the index says 40000|more than the 40000 bytes"):  # as RangeFiles: nothing of such a shard can be right
+    with pytest.raises(ShardError, match="the index says 40000|more than the 40000 bytes"):  # as without a cache
         cache.fetch(wanted(body(0)), source(change(body(0))))
     assert names(tmp_path) == []
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2mkd_ds.data.sources import cifar100
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.sources import cifar100
 from m2mkd_ds.data.sources.registry import encode_png, make_source
 
 

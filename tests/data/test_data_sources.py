@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from m2mkd_ds.data.sources import fashion_mnist as fm
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.sources import fashion_mnist as fm
 from m2mkd_ds.data.sources.registry import digits, encode_png, image_folder, make_source, stratified_split
 
 
