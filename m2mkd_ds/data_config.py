@@ -38,7 +38,7 @@ class AugmentConfig:
     cutmix: float = 0.0
     """Cutmix alpha; 0 switches cutmix off."""
     mix_prob: float = 1.0
-    """Probability that a micro-batch is mixed at all."""
+    """Probability that a mixing group (`mix_group` images) is mixed at all."""
     mix_switch_prob: float = 0.5
     """Probability of cutmix when both are on."""
     mix_group: int = 2
@@ -97,14 +97,17 @@ class DataConfig:
     order_window: int = 16
     """Shards a window of order=block."""
     cache_dir: str = ""
-    """Folder on a local disk for shards that lie elsewhere, shared by the ranks of a host; empty: remote samples are read one by one."""
+    """Folder on a local disk for whole shards, shared by the ranks of a host; empty: remote samples are read one by one. Shards that
+    `train` and `validation` name by a path are copied into it, too: a folder on a slow or shared disk is read once."""
     cache_gb: float = 200.0
-    """Most that the cache may hold, in 10^9 bytes; the shard unused for longest goes first."""
+    """Most that the cache may hold, in 10^9 bytes; the shard unused for longest goes first. Above 0 with a `cache_dir`."""
     look_ahead: int = 16
-    """Shards that are fetched into the cache before they are needed; with order=block, at least order_window, and the cache should
-    hold both."""
+    """Shards that are fetched into the cache beyond the window of `order_window` that is in use; 0: none is fetched ahead. With
+    order=block give at least order_window, and a cache that holds both. order=global needs nearly all shards at any time: a cache that
+    is smaller than the data then fetches most samples' shards again and again, so use order=block or a larger cache."""
     io_deadline_s: float = 300.0
-    """How long one remote read is tried again, in seconds, before it counts as a bad sample."""
+    """How long one remote read is tried again, in seconds, before it counts as a bad sample; above 0. For a whole shard that is fetched
+    into the cache, the time begins anew with every MiB that has arrived."""
     allow_pipe: bool = False
     """Allow shard addresses `pipe:COMMAND`, which run COMMAND in a shell."""
     max_bad_samples: int = -1
@@ -116,6 +119,13 @@ class DataConfig:
 
 def check_data_config(data: DataConfig) -> None:
     """Refuse fields that do not fit together, and those whose limits depend on one another. Raises ValueError with one sentence."""
+    if data.io_deadline_s <= 0:
+        raise ValueError(f"data.io_deadline_s is {data.io_deadline_s:g}: no read could succeed, give more than 0 seconds")
+    if data.cache_dir and data.cache_gb <= 0:
+        raise ValueError(
+            f"data.cache_gb is {data.cache_gb:g} with data.cache_dir {data.cache_dir}: no shard fits in, give more than 0, or leave "
+            "data.cache_dir empty"
+        )
     augment = data.augment
     low, high = augment.crop_scale
     if not 0 < low <= high <= 1:

@@ -159,6 +159,10 @@ class ShardIndex:
             raise IndexError(f"sample {sample}: the index of {self.folder} has samples 0 to {self.num_samples - 1}")
         shard, offset, size, label, crc32, key, _ = self.table[sample].item()
         data = self.files.read(shard, offset, size)
+        if isinstance(self.files, CachedFiles) and (len(data) != size or zlib.crc32(data) != crc32):
+            # The whole shard was right when it arrived, so it is the copy on this disk that is damaged.
+            self.files.renew(shard)
+            data = self.files.read(shard, offset, size)
         if len(data) != size or zlib.crc32(data) != crc32:
             found = f"only {len(data)} of {size} bytes" if len(data) != size else "other bytes than were indexed (crc32 differs)"
             raise SampleError(

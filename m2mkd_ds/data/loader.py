@@ -9,7 +9,9 @@ training process (data/device_ops.py).
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -111,10 +113,12 @@ class TrainLoader:
         check_mixing(data.augment, micro_batch_size, world)
         self.layout, self.index, self.order = layout, index, batches.order
         if look_ahead is None and isinstance(index.files, CachedFiles):
-            look_ahead = ShardLookAhead(self.order, index.files, index.access.look_ahead)
+            look_ahead = ShardLookAhead(self.order, index.files, index.access.look_ahead, window=data.order_window)
         self._rank, self._look_ahead, self._raise_lost = rank, look_ahead, raise_lost
+        self._received: weakref.WeakSet[_Received] = weakref.WeakSet()
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
-        self._loader = _loader(batches, self._numbers, data.num_workers, device)
+        self._make_loader = partial(_loader, batches, self._numbers, data.num_workers, device)
+        self._loader = self._make_loader()
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
 
     def __len__(self) -> int:
@@ -125,10 +129,15 @@ class TrainLoader:
         # Not a generator itself: workers start when the iterator is made, not when the first batch is asked for.
         if self._numbers:
             self._advance(self._numbers[0])
-        return self._finished(_received(iter(self._loader)))
+        received = _Received(iter(self._loader))
+        self._received.add(received)
+        return self._finished(received)
 
     def close(self) -> None:
-        """Fetch no more shards ahead. Workers end with the iterator."""
+        """End the workers, also of iterators that somebody still holds, and fetch no more shards ahead."""
+        self._loader = self._make_loader()  # the old one holds its workers; this one has none before it is iterated
+        for received in list(self._received):
+            received.close()
         self.index.files.expect(())
 
     def _finished(self, received: Iterator[tuple[WorkerBatch, float]]) -> Iterator[ImageBatch]:
@@ -176,7 +185,7 @@ class EvalLoader:
         return torch.zeros(0, 3, self._image_size, self._image_size)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        received = _received(iter(self._loader))
+        received = _Received(iter(self._loader))
         return (self._finish(batch, wait_s) for batch, wait_s in received)
 
 
@@ -212,12 +221,25 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _received(items: Iterator[WorkerBatch | SampleError]) -> Iterator[tuple[WorkerBatch, float]]:
-    """Batches with the seconds that each was waited for. Raises the SampleError that a worker met, RuntimeError when a worker is gone."""
-    while True:
+class _Received(Iterator["tuple[WorkerBatch, float]"]):
+    """Batches with the seconds that each was waited for; ends the workers when closed, finished or dropped.
+
+    Raises the SampleError that a worker met, RuntimeError when a worker is gone or the loader was closed.
+    """
+
+    def __init__(self, items: Iterator[WorkerBatch | SampleError]) -> None:
+        self._items: Iterator[WorkerBatch | SampleError] | None = items
+
+    def close(self) -> None:
+        """Drop the DataLoader's iterator, whose workers end with its last reference."""
+        self._items = None
+
+    def __next__(self) -> tuple[WorkerBatch, float]:
+        if self._items is None:
+            raise RuntimeError("the loader was closed; make another one to read on")
         began = time.monotonic()
         try:
-            item = next(items, None)
+            item = next(self._items)
         except (RuntimeError, EOFError, ConnectionError) as err:
             # A batch is fetched from the memory of its worker: from a dead one, that ends early or is refused.
             if isinstance(err, RuntimeError) and ("DataLoader worker" not in str(err) or "Traceback" in str(err)):
@@ -226,8 +248,6 @@ def _received(items: Iterator[WorkerBatch | SampleError]) -> Iterator[tuple[Work
                 f"a process of data.num_workers ended by itself ({err or type(err).__name__}); if it was killed, the host "
                 "ran out of memory (dmesg says so): set data.num_workers lower, or give the job more memory and /dev/shm"
             ) from err
-        if item is None:
-            return
         if isinstance(item, SampleError):
             raise item
-        yield item, time.monotonic() - began
+        return item, time.monotonic() - began

@@ -40,10 +40,15 @@ def _words(seed: int, epoch: int, count: int, block: int = 0) -> np.ndarray:
     return np.random.Philox(key=key, counter=[0, 0, 0, block]).random_raw(count)
 
 
+def shard_permutation(seed: int, epoch: int, num_shards: int) -> np.ndarray:
+    """int64 [num_shards]: the order of the shards with order=block."""
+    return np.argsort(_words(seed, epoch, num_shards, _SHARD_WORDS), kind="stable")
+
+
 def block_permutation(seed: int, epoch: int, shard_sizes: Sequence[int], window: int) -> np.ndarray:
     """int64 [N]: shards in random order, and the samples of each `window` consecutive ones in random order among themselves."""
     num_samples = sum(shard_sizes)
-    shards_S = np.argsort(_words(seed, epoch, len(shard_sizes), _SHARD_WORDS), kind="stable")
+    shards_S = shard_permutation(seed, epoch, len(shard_sizes))
     window_of_shard_S = np.empty(len(shard_sizes), dtype=np.int64)
     window_of_shard_S[shards_S] = np.arange(len(shard_sizes)) // window
     window_N = np.repeat(window_of_shard_S, np.asarray(shard_sizes, dtype=np.int64))
@@ -78,8 +83,8 @@ class SampleOrder(Protocol):
         """Shards by first need from `position` to the end of its epoch."""
         ...
 
-    def shard_starts(self, epoch: int) -> Sequence[tuple[int, int]]:
-        """(stream position of its first sample, shard) for the shards of an epoch, in this order; `deit` is out by up to a step."""
+    def window_end(self, position: int) -> int:
+        """Position behind the window of shards that `position` lies in; for orders without windows, behind its epoch."""
         ...
 
 
@@ -125,19 +130,12 @@ class _EpochOrders:
 
     def shards_ahead(self, position: int) -> Sequence[int]:
         epoch, place = self._place(position)
-        return [shard for _, shard in self._first_places(epoch, place)]
-
-    def shard_starts(self, epoch: int) -> Sequence[tuple[int, int]]:
-        start = epoch * self.epoch_length
-        places = self.epoch_length // len(self._epoch(epoch))  # positions a place of the list: the repeats, or 1
-        return [(start + place * places, shard) for place, shard in self._first_places(epoch, 0)]
-
-    def _first_places(self, epoch: int, place: int) -> list[tuple[int, int]]:
-        """(place in the epoch's list, shard), by place, from `place` on."""
         rest = self._epoch(epoch)[place:]
         shards, first = np.unique(np.searchsorted(self._shard_ends, rest, side="right"), return_index=True)
-        by_place = np.argsort(first)
-        return [(place + int(first[i]), int(shards[i])) for i in by_place]
+        return [int(shards[i]) for i in np.argsort(first)]
+
+    def window_end(self, position: int) -> int:
+        return (position // self.epoch_length + 1) * self.epoch_length
 
 
 class StreamOrder(_EpochOrders):
@@ -161,6 +159,15 @@ class StreamOrder(_EpochOrders):
     def _place(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.epoch_length)
         return epoch, place // self.repeats
+
+    def window_end(self, position: int) -> int:
+        if self.mode != "block":
+            return super().window_end(position)
+        epoch, place = self._place(position)
+        ends = np.cumsum(np.asarray(self._shard_sizes)[shard_permutation(self.seed, epoch, len(self._shard_sizes))])
+        window_ends = np.append(ends[self.window - 1 :: self.window], self.num_samples)
+        end = window_ends[np.searchsorted(window_ends, place, side="right")]
+        return epoch * self.epoch_length + int(end) * self.repeats
 
     def slot(self, position: int) -> Slot:
         epoch, place = self._place(position)

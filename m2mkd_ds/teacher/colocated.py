@@ -65,4 +65,3 @@ class ColocatedFeed:
     def close(self) -> None:
         """Stop the loader's workers."""
         self._loader.close()
-        self._batches = iter(())  # the last reference to the loader's iterator, whose workers end with it

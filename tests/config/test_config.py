@@ -175,6 +175,8 @@ def test_numbers_of_a_phase_out_of_range_are_refused(phase: str, text: str, mess
         (["student.moe.placement_n=0"], r"student\.moe\.placement_n is 0; it must be at least 1"),
         (["data.num_classes=0"], r"data\.num_classes is 0; it must be at least 1"),
         (["data.num_workers=-1"], r"data\.num_workers is -1; it must be at least 0"),
+        (["data.io_deadline_s=0"], r"data\.io_deadline_s is 0: no read could succeed"),
+        (["data.cache_dir=/c", "data.cache_gb=0"], r"data\.cache_gb is 0 with data\.cache_dir /c: no shard fits in"),
         (["data.crop_pct=0"], r"data\.crop_pct is 0\.0; allowed is 0\.01 to 1"),
         (["data.augment.crop_scale=[0.5,0.1]"], r"data\.augment\.crop_scale is \[0\.5, 0\.1\]: give \[smallest, largest\]"),
         (["data.augment.crop_scale=[0,1]"], r"data\.augment\.crop_scale is \[0\.0, 1\.0\]"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -120,7 +122,7 @@ def test_bytes_that_stay_damaged_are_an_error_and_not_kept(server: FaultyServer,
 @pytest.mark.parametrize("change", [lambda data: data + b"x", lambda data: data[:-1]], ids=["longer", "shorter"])
 def test_another_length_is_an_error_and_not_kept(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, "f" * 64, 10**6)
-    with pytest.raises(SampleError, match="twice"):
+    with pytest.raises(ShardError, match="the index says 40000|more than the 40000 bytes"):  # as without a cache
         cache.fetch(wanted(body(0)), source(change(body(0))))
     assert names(tmp_path) == []
 
@@ -171,8 +173,8 @@ def test_two_data_sets_share_the_cap_and_nothing_else(tmp_path: Path) -> None:
     assert fetched and shard is not None
     assert names(tmp_path) == ["shard-0.tar", "shard-0.tar"]
     two.fetch(wanted(body(3), "shard-1.tar"), source(body(3)))
-    assert one.open("shard-0.tar") is None
-    assert two.open("shard-0.tar") is not None
+    assert one.open("shard-0.tar", SIZE) is None
+    assert two.open("shard-0.tar", SIZE) is not None
 
 
 def occupied(cache: Path) -> int:
@@ -318,9 +320,9 @@ def wait_for(cache: Path, expected: list[str]) -> None:
 
 
 def test_expected_shards_come_by_themselves(server: FaultyServer, tmp_path: Path) -> None:
-    reader = files(server, tmp_path / "c", look_ahead=2)
-    reader.expect([5, 1, 3])
-    wait_for(tmp_path / "c", ["shard-000001.tar", "shard-000005.tar"])  # two, as look_ahead says
+    reader = files(server, tmp_path / "c")
+    reader.expect([5, 1])
+    wait_for(tmp_path / "c", ["shard-000001.tar", "shard-000005.tar"])
     assert reader.read(5, 0, 4) == body(5)[:4]
     time.sleep(0.2)
     assert [path for path, _ in server.requests] == ["/5.tar", "/1.tar"]
@@ -348,6 +350,52 @@ def test_what_cannot_be_fetched_ahead_is_told_by_the_read_that_needs_it(server: 
     with pytest.raises(ShardError, match=r"0\.tar: HTTP 404"):
         reader.read(0, 0, 4)
     reader.close()
+
+
+def ahead_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "shards ahead"]
+
+
+def test_readers_that_are_dropped_leave_no_thread_and_no_open_file(server: FaultyServer, tmp_path: Path) -> None:
+    opened = []
+    for turn in range(4):
+        reader = files(server, tmp_path / "c")
+        reader.expect([turn])
+        wait_for(tmp_path / "c", [f"shard-{number:06d}.tar" for number in range(turn + 1)])
+        assert reader.read(turn, 0, 4) == body(turn)[:4]
+        threads = ahead_threads()
+        assert len(threads) == 1
+        del reader
+        gc.collect()
+        for thread in threads:
+            thread.join(timeout=5.0)
+        assert ahead_threads() == []
+        opened.append([name for fd in Path("/proc/self/fd").iterdir() if (name := os.path.realpath(fd)).startswith(str(tmp_path))])
+    assert opened == [[], [], [], []]
+
+
+def test_a_copy_that_lost_bytes_on_the_disk_is_fetched_anew(server: FaultyServer, tmp_path: Path) -> None:
+    assert files(server, tmp_path / "c").read(2, 39_990, 10) == body(2)[39_990:]
+    (copy,) = (tmp_path / "c").rglob("shard-000002.tar")
+    copy.write_bytes(body(2)[:-5])
+    assert files(server, tmp_path / "c").read(2, 39_990, 10) == body(2)[39_990:]
+    assert copy.read_bytes() == body(2)
+    assert len(server.requests) == 2
+
+
+def test_a_damaged_copy_is_let_go_once_and_never_the_one_that_replaced_it(server: FaultyServer, tmp_path: Path) -> None:
+    one, two = files(server, tmp_path / "c"), files(server, tmp_path / "c")
+    one.read(2, 0, 4)
+    (copy,) = (tmp_path / "c").rglob("shard-000002.tar")
+    copy.write_bytes(bytes(SIZE))
+    assert two.read(2, 0, 4) == one.read(2, 0, 4) == bytes(4)
+    one.renew(2)
+    assert one.read(2, 0, 4) == body(2)[:4]
+    two.renew(2)  # as another process, which still holds the damaged file
+    assert two.read(2, 0, 4) == body(2)[:4]
+    one.renew(2)
+    assert one.read(2, 0, 4) == body(2)[:4]
+    assert len(server.requests) == 2
 
 
 def test_close_stops_at_once(server: FaultyServer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import multiprocessing
 import random
 import re
 import shutil
@@ -329,3 +330,18 @@ def test_making_a_source_twice_keeps_it(digits_folder: Path) -> None:
     before = (digits_folder / "train" / "index.json").stat().st_mtime_ns
     make_source("digits", digits_folder, samples_per_shard=400)
     assert (digits_folder / "train" / "index.json").stat().st_mtime_ns == before
+
+
+def test_close_ends_the_workers_although_the_loader_and_its_iterator_are_held(digits_train: ShardIndex, digits_folder: Path) -> None:
+    loader = train_loader(digits_train, data_config(digits_folder, num_workers=2), steps=50)
+    batches = iter(loader)
+    first = next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+    assert multiprocessing.active_children() == []
+    with pytest.raises(RuntimeError, match="the loader was closed"):
+        next(batches)
+    again = next(iter(loader))  # with workers of its own
+    assert torch.equal(again.images_BCHW, first.images_BCHW)
+    loader.close()
+    assert multiprocessing.active_children() == []

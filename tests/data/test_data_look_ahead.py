@@ -1,4 +1,4 @@
-"""Facts of the look-ahead: what is expected is what the stream, walked by hand, begins with next."""
+"""Facts of the look-ahead: what is expected is what the stream, walked by hand, still needs of its window and what follows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import pytest
 
 from m2mkd_ds.data.order import StreamOrder
 from m2mkd_ds.data.remote.look_ahead import LookAhead
+
+SIZES = [5, 3, 0, 6, 4, 1, 5, 2, 7]
+OWNER = [shard for shard, size in enumerate(SIZES) for _ in range(size)]
 
 
 class Listening:
@@ -24,46 +27,55 @@ class Listening:
         pass
 
 
-@pytest.mark.parametrize(("mode", "repeats"), [("block", 1), ("block", 2), ("global", 1)])
-def test_the_next_shards_are_expected_when_the_stream_begins_another(mode: str, repeats: int) -> None:
-    sizes = [5, 3, 0, 6, 4, 1, 5]
-    order = StreamOrder(3, sizes, mode=mode, window=2, repeats=repeats)  # type: ignore[arg-type]
-    owner = [shard for shard, size in enumerate(sizes) for _ in range(size)]
-    positions = range(2 * order.epoch_length)
-    # By a plain walk: the (epoch, shard) pairs in the order in which the stream meets them.
-    met: list[tuple[int, int]] = []
-    for position in range(3 * order.epoch_length):
-        slot = order.slot(position)
-        if (slot.epoch, owner[slot.sample]) not in met:
-            met.append((slot.epoch, owner[slot.sample]))
+def needed_from(order: StreamOrder, position: int) -> list[int]:
+    """By a plain walk: shards by first need in the rest of this epoch, then in the next one, each once."""
+    found: list[int] = []
+    for p in range(position, (position // order.epoch_length + 2) * order.epoch_length):
+        shard = OWNER[order.slot(p).sample]
+        if shard not in found:
+            found.append(shard)
+    return found
+
+
+@pytest.mark.parametrize(("mode", "repeats"), [("block", 1), ("block", 2), ("global", 1), ("global", 2)])
+def test_a_stream_that_starts_anywhere_expects_all_it_needs_of_its_window_and_what_follows(mode: str, repeats: int) -> None:
+    order = StreamOrder(3, SIZES, mode=mode, window=3, repeats=repeats)  # type: ignore[arg-type]
+    for position in range(2 * order.epoch_length):
+        files = Listening()
+        LookAhead(order, files, 2, window=3).advance(position)
+        assert files.expected == [needed_from(order, position)[:5]]
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_it_is_told_anew_where_a_window_begins_and_only_there(repeats: int) -> None:
+    order = StreamOrder(3, SIZES, mode="block", window=3, repeats=repeats)
+    # Nine shards an epoch make three windows. A window's shards are those that are used between its borders and nowhere else.
     files = Listening()
-    ahead = LookAhead(order, files, 2)
-    begun = 0
-    for position in positions:
+    ahead = LookAhead(order, files, 2, window=3)
+    borders = []
+    for position in range(2 * order.epoch_length):
         before = len(files.expected)
         ahead.advance(position)
-        slot = order.slot(position)
-        place = met.index((slot.epoch, owner[slot.sample])) + 1
-        if place > begun:
-            begun = place
-            assert [shard for _, shard in met[begun : begun + 2]] == files.expected[-1]
-        else:
-            assert len(files.expected) == before
-    # Six shards with samples an epoch, and a look at the border when a new epoch is listed.
-    assert len(files.expected) == 12
+        if len(files.expected) > before:
+            borders.append(position)
+            assert files.expected[-1] == needed_from(order, position)[:5]
+    assert len(borders) == 6 and borders[3] == order.epoch_length
+    owners = [{OWNER[order.slot(p).sample] for p in range(*ends)} for ends in zip(borders, [*borders[1:], 2 * order.epoch_length])]  # noqa: B905
+    for epoch in (owners[:3], owners[3:]):
+        assert sum(len(window) for window in epoch) == len(set().union(*epoch)) == 8  # one shard is empty
+        assert all(2 <= len(window) <= 3 for window in epoch)
 
 
-def test_a_stream_that_starts_anywhere_expects_the_same() -> None:
-    order = StreamOrder(0, [4] * 6, mode="block", window=1)
-    for position in range(24):
-        files = Listening()
-        LookAhead(order, files, 3).advance(position)
-        ahead = [shard for shard in order.shards_ahead(position)][1:4]
-        assert files.expected[0][: len(ahead)] == ahead
-        assert len(files.expected[0]) == 3
+def test_a_global_order_is_told_once_an_epoch() -> None:
+    order = StreamOrder(3, SIZES)
+    files = Listening()
+    ahead = LookAhead(order, files, 2, window=3)
+    for position in range(2 * order.epoch_length):
+        ahead.advance(position)
+    assert files.expected == [needed_from(order, 0)[:5], needed_from(order, order.epoch_length)[:5]]
 
 
 def test_no_look_ahead_expects_nothing() -> None:
     files = Listening()
-    LookAhead(StreamOrder(0, [4, 4]), files, 0).advance(0)
+    LookAhead(StreamOrder(0, [4, 4]), files, 0, window=2).advance(0)
     assert files.expected == []

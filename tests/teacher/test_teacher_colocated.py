@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from m2mkd_ds.data.errors import SampleError
-from m2mkd_ds.data.loader import ImageBatch
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import teaching_pairs
 from m2mkd_ds.teacher.colocated import ColocatedFeed
@@ -94,7 +93,4 @@ def test_teacher_and_hidden_states_carry_no_gradient_and_take_the_runs_dtype() -
     assert batch.hidden[0].dtype == torch.bfloat16 and batch.targets_BV.dtype == torch.float32
 
 
-def test_what_the_loader_tells_of_a_batch_is_passed_on() -> None:
-    feed, _ = make_feed()
-    told = [(batch.lost, batch.wait_s, batch.fallbacks) for batch in (feed.batch(request(0)), feed.batch(request(1)))]
-    assert told == [("", 0.5, 2), ("the disk is gone", 0.25, 3)]
+from m2mkd_ds.data.loader import ImageBatch

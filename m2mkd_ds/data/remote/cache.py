@@ -27,6 +27,7 @@ from m2mkd_ds.logs import logger
 
 _POLL_S = 0.05
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OTHER_BYTES = "other bytes came than were indexed (sha256 differs)"
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,33 @@ class ShardCache:
         except OSError as err:
             raise ShardError(f"data.cache_dir is {root}: cannot be written ({err.strerror}); choose a folder on a local disk") from None
 
-    def open(self, name: str) -> CachedShard | None:
-        """The shard if it is there; this counts as a use."""
+    def open(self, name: str, size: int) -> CachedShard | None:
+        """The shard if it is there with all of its `size` bytes; this counts as a use."""
         try:
             shard = CachedShard(os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
+        if os.fstat(shard.descriptor).st_size != size:
+            # Not removed here: only who holds the shard's lock may, or it could be the new one that is removed.
+            return None
         shard.touch()
         return shard
+
+    def evict(self, name: str, damaged: CachedShard) -> None:
+        """Remove the shard, so that the next `fetch` gets it anew; nothing where another process has replaced `damaged` already."""
+        path = self.folder / name
+        with _locked(self.folder / f"{name}.lock", threading.Event()), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(damaged.descriptor)):
+                path.unlink()
 
     def fetch(
         self, wanted: Wanted, source: Callable[[], Iterator[bytes]], *, stop: threading.Event | None = None, wait: bool = True
     ) -> tuple[CachedShard | None, bool]:
         """The shard, and whether it was fetched here. `source` gives all its bytes from the start.
 
-        Without `wait`, None where another process is at it. Raises ShardError when it does not fit under the cap or the disk is full,
-        SampleError(kind="checksum") when other bytes than were indexed came twice, and what `source` raises.
+        Without `wait`, None where another process is at it. Raises ShardError when it does not fit under the cap, when the disk is full
+        or when another number of bytes came twice, SampleError(kind="checksum") when other bytes than were indexed came twice, and
+        what `source` raises.
         """
         stop = stop or threading.Event()
         if wanted.bytes > self.cap_bytes:
@@ -97,7 +109,7 @@ class ShardCache:
             with _locked(self.folder / f"{wanted.name}.lock", stop, wait=wait) as held:
                 if not held:
                     return None, False
-                found = self.open(wanted.name)
+                found = self.open(wanted.name, wanted.bytes)
                 return (found, False) if found is not None else (self._arrive(wanted, source, stop), True)
         except OSError as err:
             if err.errno not in _FULL:
@@ -111,18 +123,18 @@ class ShardCache:
         """Fetch under the temporary name, check, rename. The open file is handed on, so an eviction right away does no harm."""
         part = self.folder / f"{wanted.name}.part"
         try:
-            part.unlink(missing_ok=True)  # a dead process's: it would count against the cap
+            for useless in (part, self.folder / wanted.name):  # a dead process's, or of the wrong size: they count against the cap
+                useless.unlink(missing_ok=True)
             shard = self._reserve(part, wanted.bytes, stop)
             problem = _fill(shard.descriptor, wanted, source())
             if problem:
                 logger.warning("%s: %s; fetching it once more", wanted.what, problem)
                 problem = _fill(shard.descriptor, wanted, source())
             if problem:
-                raise SampleError(
-                    f"{wanted.what}: {problem}, twice; the shard at its source is not the one that was indexed, restore it or index "
-                    "it again",
-                    "checksum",
-                )
+                problem += ", twice; the shard at its source is not the one that was indexed, restore it or index it again"
+                if problem.startswith(_OTHER_BYTES):
+                    raise SampleError(f"{wanted.what}: {problem}", "checksum")
+                raise ShardError(f"{wanted.what}: {problem}")
             os.fsync(shard.descriptor)
             shard.touch()
             # Under the folder's lock, so that nobody who counts bytes misses the file between its two names.
@@ -185,7 +197,7 @@ def _fill(descriptor: int, wanted: Wanted, source: Iterator[bytes]) -> str:
         digest.update(chunk)
     if written != wanted.bytes:
         return f"{written} bytes came, the index says {wanted.bytes}"
-    return "" if digest.hexdigest() == wanted.sha256 else "other bytes came than were indexed (sha256 differs)"
+    return "" if digest.hexdigest() == wanted.sha256 else _OTHER_BYTES
 
 
 def _remove_if_orphan(part: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,7 +139,10 @@ class CachedFiles:
         self._open: OrderedDict[int, tuple[CachedShard, float]] = OrderedDict()
         self._failed: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._renewed: set[int] = set()
+        self._renewing = threading.Lock()
         self._ahead = _Ahead(self._fetch_ahead)
+        weakref.finalize(self, self._ahead.end)
         self._ahead_retrier = Retrier(access.deadline_s, self._remote.counter, self._ahead.stop)
 
     def check_first(self) -> None:
@@ -161,9 +165,20 @@ class CachedFiles:
         self._remote.counter.add("misses" if fetched else "hits")
         return os.pread(file.descriptor, size, offset)
 
+    def renew(self, shard: int) -> None:
+        """Let go of a shard whose bytes turned out wrong on this disk: the next read fetches it anew, once in the life of a process."""
+        with self._renewing:
+            with self._lock:
+                held, _ = self._open.pop(shard, (None, 0.0))
+            damaged = held or self._cache.open(_name(shard), self._remote.shards[shard].bytes)
+            if shard not in self._renewed and damaged is not None:
+                logger.warning("%s: the copy in %s is damaged; fetching it anew", self._remote.what(shard), self._cache.folder)
+                self._cache.evict(_name(shard), damaged)
+            self._renewed.add(shard)
+
     def expect(self, shards: Sequence[int]) -> None:
-        """Fetch the first `look_ahead` of these in the background, in place of what was expected before. Returns at once."""
-        self._ahead.replace(list(shards)[: self._remote.access.look_ahead])
+        """Fetch these in the background, in place of what was expected before. Returns at once."""
+        self._ahead.replace(list(shards))
 
     def counts(self) -> IoCounts:
         """What this process has done so far; workers count for themselves."""
@@ -185,7 +200,7 @@ class CachedFiles:
                     file.touch()
                     self._open[shard] = (file, now)
                 return file
-        cached = self._cache.open(_name(shard))
+        cached = self._cache.open(_name(shard), self._remote.shards[shard].bytes)
         if cached is not None:
             self._keep(shard, cached)
         return cached
@@ -216,7 +231,7 @@ class CachedFiles:
             raise
 
     def _fetch_ahead(self, shard: int) -> None:
-        if self._cache.open(_name(shard)) is not None:
+        if self._cache.open(_name(shard), self._remote.shards[shard].bytes) is not None:
             return
         try:
             _, fetched = self._fetch(shard, self._ahead_retrier, wait=False)
@@ -234,11 +249,11 @@ def _name(shard: int) -> str:
 
 
 class _Ahead:
-    """One daemon thread that works through the latest list."""
+    """One daemon thread that works through the latest list. It ends with the object whose method `work` is, which it does not keep."""
 
     def __init__(self, work: Callable[[int], None]) -> None:
         self.stop = threading.Event()
-        self._work = work
+        self._work = weakref.WeakMethod(work)
         self._changed = threading.Condition()
         self._pending: list[int] = []
         self._thread: threading.Thread | None = None
@@ -254,13 +269,17 @@ class _Ahead:
                 self._thread.start()
             self._changed.notify()
 
-    def close(self) -> None:
-        """Stop; waits a moment for a connection that is silent, which then ends by itself at its timeout."""
+    def end(self) -> None:
+        """Stop without waiting."""
         self.stop.set()
         with self._changed:
             self._pending = []
             self._changed.notify()
-            thread, self._thread = self._thread, None
+
+    def close(self) -> None:
+        """Stop; waits a moment for a connection that is silent, which then ends by itself at its timeout."""
+        self.end()
+        thread, self._thread = self._thread, None
         if thread is not None:
             thread.join(timeout=2.0)
 
@@ -270,11 +289,19 @@ class _Ahead:
                 while not self._pending and not self.stop.is_set():
                     self._changed.wait()
                 shard = self._pending.pop(0) if self._pending else None
-            if shard is not None:
-                try:
-                    self._work(shard)
-                except Stopped:
-                    return
+            if shard is not None and not self._worked(shard):
+                return
+
+    def _worked(self, shard: int) -> bool:
+        """Work on one; False when that was called off. A function of its own, so that nothing of the owner is held while waiting."""
+        work = self._work()
+        if work is None:
+            return False
+        try:
+            work(shard)
+        except Stopped:
+            return False
+        return True
 
 
 def check_base(base: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from m2mkd_ds.data.atomic import AtomicFile
+from m2mkd_ds.data.atomic import AtomicFile, file_sha256
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.remote.addresses import join, redact, scheme
 from m2mkd_ds.data.remote.retry import Retrier
@@ -40,8 +40,11 @@ def local_copy(address: str, access: Access, *, json_name: str, table_name: str,
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder / "lock"):
         path = folder / json_name
-        if not (path.is_file() and path.read_bytes() == text):
-            _fetch_table(join(address, table_name), folder / table_name, tree["table_sha256"], access)
+        table = folder / table_name
+        whole = table.is_file() and file_sha256(table) == tree["table_sha256"]
+        if not (whole and path.is_file() and path.read_bytes() == text):
+            if not whole:
+                _fetch_table(join(address, table_name), table, tree["table_sha256"], access)
             with AtomicFile(path) as file:
                 file.write(text)
     return folder

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-
 from m2mkd_ds.data.order import SampleOrder
 from m2mkd_ds.data.shard_files import ShardFiles
 
 
 class LookAhead:
-    """Expects the next `look_ahead` shards that the stream has not begun with. For the main process, once a batch."""
+    """Expects the shards that are still needed of the window that the stream is in, and those that follow: `window` + `look_ahead`.
 
-    def __init__(self, order: SampleOrder, files: ShardFiles, look_ahead: int) -> None:
-        self._order, self._files, self._look_ahead = order, files, look_ahead
-        self._epoch = -1
-        self._starts: list[int] = []
-        self._shards: list[int] = []
-        self._begun = -1
+    For the main process, once a batch. `look_ahead` 0 expects nothing.
+    """
+
+    def __init__(self, order: SampleOrder, files: ShardFiles, look_ahead: int, *, window: int) -> None:
+        self._order, self._files = order, files
+        self._limit = window + look_ahead if look_ahead else 0
+        self._known = range(0)
+        """Positions for which the latest expectation holds."""
 
     def advance(self, position: int) -> None:
-        """The stream is at `position`. Costs a search in a list of shards; twice an epoch, a list of shards."""
-        if self._look_ahead < 1:
+        """The stream is at `position`. A comparison; at its start and in a new window, a list of the epoch's shards."""
+        if not self._limit or position in self._known:
             return
-        epoch = position // self._order.epoch_length
-        if epoch != self._epoch:
-            self._epoch, self._begun = epoch, -1
-            self._list(self._order.shard_starts(epoch))
-        begun = bisect_right(self._starts, position)
-        if begun == self._begun:
-            return
-        self._begun = begun
-        if begun + self._look_ahead > len(self._starts):
-            # The end of the epoch is in sight: what comes next is the head of the next one.
-            self._list([*zip(self._starts, self._shards, strict=True), *self._order.shard_starts(epoch + 1)])
-        self._files.expect(self._shards[begun : begun + self._look_ahead])
+        self._known = range(position, self._order.window_end(position))
+        self._files.expect(self._next(position))
 
-    def _list(self, starts: Sequence[tuple[int, int]]) -> None:
-        self._starts = [start for start, _ in starts]
-        self._shards = [shard for _, shard in starts]
+    def _next(self, position: int) -> list[int]:
+        """By first need from `position` on, each once; behind the end of the epoch the next one's."""
+        shards = list(self._order.shards_ahead(position))
+        if len(shards) < self._limit:
+            next_epoch = (position // self._order.epoch_length + 1) * self._order.epoch_length
+            shards = list(dict.fromkeys([*shards, *self._order.shards_ahead(next_epoch)]))
+        return shards[: self._limit]
