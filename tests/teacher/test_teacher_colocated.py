@@ -1,14 +1,20 @@
 """The colocated feed: addressed by slots, one decode and one prefix walk a batch whatever the number of pairs."""
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.loader import ImageBatch, TrainLoader
+from m2mkd_ds.data.sources.registry import make_source
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import teaching_pairs
 from m2mkd_ds.teacher.colocated import ColocatedFeed
@@ -93,4 +99,21 @@ def test_teacher_and_hidden_states_carry_no_gradient_and_take_the_runs_dtype() -
     assert batch.hidden[0].dtype == torch.bfloat16 and batch.targets_BV.dtype == torch.float32
 
 
-from m2mkd_ds.data.loader import ImageBatch
+def test_no_worker_outlives_close(tmp_path: Path) -> None:
+    make_source("digits", tmp_path)
+    data = DataConfig(num_classes=10, image_size=16, num_workers=2)
+    loader = TrainLoader(
+        ShardIndex.load(tmp_path / "train"), data, seed=0, micro_batch_size=4, accumulation=1, rank=0, world=1, start_step=0,
+        total_steps=50,
+    )  # fmt: skip
+    feed = ColocatedFeed(loader, PAIRS[:1], FrozenMeta({}), {}, device=torch.device("cpu"), dtype=torch.float32)
+    feed.batch(request(0, pairs=(0,), teacher=False))
+    assert len(multiprocessing.active_children()) == 2
+    feed.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_what_the_loader_tells_of_a_batch_is_passed_on() -> None:
+    feed, _ = make_feed()
+    told = [(batch.lost, batch.wait_s, batch.fallbacks) for batch in (feed.batch(request(0)), feed.batch(request(1)))]
+    assert told == [("", 0.5, 2), ("the disk is gone", 0.25, 3)]
