@@ -129,6 +129,7 @@ def test_writing_names_the_file_that_cannot_be_decoded(tmp_path: Path) -> None:
         (tmp_path / "set" / "train" / "cat").mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / "train" / "cat" / name).write_bytes(data)
     (tmp_path / "set" / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "val" / "cat" / "v.jpg").write_bytes(encoded(GREY, "JPEG"))
     for name in ("b.jpg", "c.png"):
         with pytest.raises(ShardError, match=r"set/train/cat/[bc]\....: not an image that can be decoded .*leave out --resize-short"):
             make_source("image_folder", tmp_path / f"out-{name}", path=tmp_path / "set", resize_short=30)

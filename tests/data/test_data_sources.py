@@ -184,7 +184,7 @@ def test_a_train_folder_without_validation_is_shared_out_and_is_no_class(tmp_pat
 
 def test_an_empty_validation_part_is_refused(tmp_path: Path) -> None:
     class_folders(tmp_path / "in", 1)
-    with pytest.raises(ShardError, match="train or validation is empty"):
+    with pytest.raises(ShardError, match="2 training and 0 validation images"):
         make_source("image_folder", tmp_path / "out", path=tmp_path / "in")
 
 

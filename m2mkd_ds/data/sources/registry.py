@@ -59,6 +59,11 @@ def make_source(
         options = replace(options, cache=Path(cache))
     known = check_options(name, options)
     source = SOURCES[known](replace(options, cache=options.cache or folder / "download"), seed)
+    if not (len(source.train.samples) and len(source.validation.samples)):
+        raise ShardError(
+            f"{source.name}: {len(source.train.samples)} training and {len(source.validation.samples)} validation images; both parts need "
+            "some, give more images or a validation part of its own"
+        )
     _write_documents(folder, source.documents)
     indices = [
         write_shards(
@@ -77,8 +82,6 @@ def make_source(
         )
         for split_name, split in (("train", source.train), ("validation", source.validation))
     ]
-    if any(index.num_samples == 0 for index in indices):
-        raise ShardError(f"{folder}: train or validation is empty; give more images, or a validation part of its own")
     write_interop(folder)
     return indices[0], indices[1]
 
