@@ -231,7 +231,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
         parts = sorted(part.parent.name for part in folder.glob(f"*/{INDEX_NAME}"))
         if parts:
             raise ShardError(f"{path}: no such file; but {' and '.join(parts)} in this folder have one, name one of them")
-        what = "index them with `m2mkd shards index`" if any(folder.glob("*.tar")) else "write shards with `m2mkd shards write`"
+        what = "index them with `m2mkd shards index`" if any(folder.glob("*.tar")) else "write them with `m2mkd shards write`"
         raise ShardError(f"{path}: no such file; the folder holds no complete shards, {what}")
     try:
         tree = json.loads(path.read_text())
