@@ -10,6 +10,7 @@ augmentation is keyed by, so the same use of a sample has the same pixels on any
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -88,7 +89,7 @@ class SampleOrder(Protocol):
         ...
 
 
-class _EpochOrders:
+class _EpochOrders(ABC):
     """What the orders share: the lists of the two latest epochs (a batch may touch both)."""
 
     repeats = 1
@@ -101,9 +102,9 @@ class _EpochOrders:
         self._shard_ends = np.cumsum(np.asarray(shard_sizes, dtype=np.int64))
         self._epochs: dict[int, np.ndarray] = {}
 
+    @abstractmethod
     def _make(self, epoch: int) -> np.ndarray:
         """Samples of an epoch in order, each once (stream) or as often as it is used (deit)."""
-        raise NotImplementedError
 
     def _epoch(self, epoch: int) -> np.ndarray:
         order = self._epochs.get(epoch)
@@ -114,9 +115,9 @@ class _EpochOrders:
             self._epochs[epoch] = order
         return order
 
+    @abstractmethod
     def _place(self, position: int) -> tuple[int, int]:
         """(epoch, place in the epoch's list)."""
-        raise NotImplementedError
 
     def substitutes(self, position: int) -> Iterator[int]:
         epoch, place = self._place(position)

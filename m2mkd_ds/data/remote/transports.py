@@ -173,7 +173,8 @@ class ProcessTransport:
     def _start(self) -> tuple[subprocess.Popen[bytes], object]:
         """The process, and what closes its output when it is dropped."""
         if self._kind == "pipe":
-            # A session of its own, so that all of a pipeline can be ended.
+            # A shell, because that is what a pipe: address asks for and data.allow_pipe has allowed; a session of its own, so that all of a
+            # pipeline can be ended.
             command = self._address[len("pipe:") :]
             return subprocess.Popen(
                 command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True

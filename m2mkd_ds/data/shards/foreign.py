@@ -27,7 +27,7 @@ from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.shards.interop import INFO_NAMES, ShardsInfo, expected_counts, parse_info, write_interop
 from m2mkd_ds.data.shards.scan import BROKEN_OFF, ShardFault
 from m2mkd_ds.data.shards.scan_parts import ScanJob, ScannedShard, scan_or_recall
-from m2mkd_ds.data.shards.shard_list import OpenShard, ShardList, is_url, list_shards, open_shard_stream, opened, refuse_secrets
+from m2mkd_ds.data.shards.shard_list import OpenShard, ShardList, list_shards, open_shard_stream, opened, refuse_secrets
 from m2mkd_ds.data.shards.shard_pool import map_shards
 
 logger = logging.getLogger("m2mkd_ds")
@@ -112,18 +112,18 @@ def index_shards(
 def _choose(request: IndexRequest, access: Access, open_shard: OpenShard) -> tuple[ShardList, ShardsInfo | None, str]:
     """The shards, the `_info.json` beside them, and the field of the label."""
     only = request.shards[0].removeprefix("file://").removeprefix("file:") if len(request.shards) == 1 else ""
-    is_folder = (is_url(only) and only.endswith("/")) or (bool(only) and not is_url(only) and Path(only).is_dir())
+    is_folder = (is_remote(only) and only.endswith("/")) or (bool(only) and not is_remote(only) and Path(only).is_dir())
     if not is_folder:
         if request.split:
             raise ShardError(f"split is {request.split!r}, but shards are named one by one; give their folder (a URL with / at its end)")
         shards = list_shards(request.shards)
         return shards, _read_info(shards.base, access, open_shard), request.label_field
-    base = only if is_url(only) else f"{Path(only).resolve()}/"
-    if is_url(only):
+    base = only if is_remote(only) else f"{Path(only).resolve()}/"
+    if is_remote(only):
         refuse_secrets(only)
     info = _read_info(base, access, open_shard)
     if info is None or not info.splits:
-        if request.split or is_url(only):
+        if request.split or is_remote(only):
             raise ShardError(f"{base}: holds no {INFO_NAMES[0]} with splits; name the shards, for example {base}x-{{0000..1023}}.tar")
         return list_shards(request.shards), info, request.label_field
     names = sorted(info.splits)
@@ -158,7 +158,7 @@ def _keep(out: Path, shards: ShardList, request: IndexRequest, label_field: str)
     """An index is there: kept when it is of these shards, refused otherwise (nobody's index is overwritten)."""
     index = ShardIndex.load_unchecked(out)
     folder = index.base if is_remote(index.base) else f"{index.shard_folder.resolve()}/"
-    wanted = shards.base if is_url(shards.base) else f"{Path(shards.base).resolve()}/"
+    wanted = shards.base if is_remote(shards.base) else f"{Path(shards.base).resolve()}/"
     pairs: list[tuple[str, object, object]] = [
         ("address", folder, wanted),
         ("shards", [shard.name for shard in index.shards], list(shards.names)),

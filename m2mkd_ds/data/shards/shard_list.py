@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from m2mkd_ds.data.errors import SampleError, ShardError
-from m2mkd_ds.data.remote.addresses import redact
+from m2mkd_ds.data.remote.addresses import is_remote, redact
 from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.shards.tar_stream import ForwardFile
 
@@ -37,7 +37,7 @@ class ShardList:
     @property
     def is_local(self) -> bool:
         """Whether base is a folder of this file system."""
-        return not is_url(self.base)
+        return not is_remote(self.base)
 
     def address(self, name: str) -> str:
         """Path or URL of a shard."""
@@ -55,11 +55,6 @@ class ShardStream:
         return self._file.read(size)
 
 
-def is_url(address: str) -> bool:
-    """`https://...` or `pipe:...`; a plain path is none, and neither is file:."""
-    return "://" in address or address.startswith("pipe:")
-
-
 def list_shards(patterns: Sequence[str]) -> ShardList:
     """The shards that folders, globs, brace patterns, paths and URLs name; each once, in an order of their names alone.
 
@@ -68,11 +63,11 @@ def list_shards(patterns: Sequence[str]) -> ShardList:
     found: set[str] = set()
     for pattern in patterns:
         plain = pattern.removeprefix("file://").removeprefix("file:")
-        found.update(_expand(plain) if is_url(plain) else (os.path.abspath(path) for path in _local(plain)))
+        found.update(_expand(plain) if is_remote(plain) else (os.path.abspath(path) for path in _local(plain)))
     if not found:
         raise ShardError("no shards were named; give a folder, a glob or a pattern such as 'data/train-{0000..1023}.tar'")
     folders = {address.rpartition("/")[0] for address in found}
-    if len({is_url(folder) for folder in folders}) > 1:
+    if len({is_remote(folder) for folder in folders}) > 1:
         raise ShardError("some shards are local and some remote; an index has one base address, index them apart")
     base = _common_folder(folders)
     return ShardList(base, tuple(sorted(address.removeprefix(base) for address in found)))
@@ -83,7 +78,7 @@ def _common_folder(folders: set[str]) -> str:
     parts = [folder.split("/") for folder in sorted(folders)]
     count = len(os.path.commonprefix(parts))
     base = "/".join(parts[0][:count]) + "/"
-    if is_url(parts[0][0] + "//") and count < 3:
+    if is_remote(parts[0][0] + "//") and count < 3:
         raise ShardError(f"the shards lie under {len(folders)} addresses with nothing in common; an index has one base, index them apart")
     return base
 
@@ -110,13 +105,13 @@ def _expand(pattern: str) -> list[str]:
     # Here, because webdataset imports torch, and the processes that walk shards need neither.
     from webdataset.shardlists import expand_urls
 
-    if is_url(pattern):
+    if is_remote(pattern):
         refuse_secrets(pattern)
     try:
         expanded: list[str] = expand_urls(pattern)
     except ValueError as err:
         raise ShardError(f"{pattern}: braces cannot be expanded ({err}); write {{0000..1023}} or {{a,b}}") from err
-    if not is_url(pattern):
+    if not is_remote(pattern):
         return expanded
     if "*" in pattern or not all(url.endswith(".tar") for url in expanded):
         advice = "name every shard, for example 'https://host/x-{0000..1023}.tar', or a folder with _info.json by its / at the end"
@@ -145,7 +140,7 @@ def open_shard_stream(address: str, access: Access) -> ShardStream:
 
     Opening and reading raise OSError (FileNotFoundError when it is not there), after `access.deadline_s` of trying for remote ones.
     """
-    if is_url(address):
+    if is_remote(address):
         return _open_remote(address, access)
     file = open(address, "rb", buffering=0)
     status = os.fstat(file.fileno())
