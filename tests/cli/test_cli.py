@@ -2,58 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from m2mkd_ds.cli import join_overrides, main, take_launcher_flags
+from m2mkd_ds.cli import join_overrides, take_launcher_flags
 from m2mkd_ds.config import dump, load
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.recipes import RECIPES, get_recipe
 from tests.checkpoint.legacy_models import DEPTHS, LegacyModel, saved, student
+from tests.cli.ended import Ended, Run
 
 VERBS = ("recipes", "shards", "train", "pipeline", "eval", "export", "report", "import", "few-shot", "bench", "doctor")
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """`m2mkd WORDS` in this process, in an empty folder; logger and environment are put back afterwards."""
-    logger = logging.getLogger("m2mkd_ds")
-    before = (list(logger.handlers), logger.level, logger.propagate)
-    environment = dict(os.environ)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> Ended:
-        code = 0
-        try:
-            main(list(words))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capsys.readouterr())
-
-    yield call
-    logger.handlers[:], logger.level, logger.propagate = before
-    os.environ.clear()
-    os.environ.update(environment)
+def run(m2mkd: Run) -> Run:
+    """`m2mkd WORDS`, in an empty folder."""
+    return m2mkd
 
 
 def printed_config(ended: Ended) -> dict[str, object]:

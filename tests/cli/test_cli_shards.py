@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
 
-from m2mkd_ds.cli import main
+from tests.cli.ended import Run
 from tests.data.tar_files import image_members, make_tar
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """`m2mkd shards WORDS` in this process, in a folder with data/x-0.tar (3 samples) and data/x-1.tar (4 samples)."""
-    logger = logging.getLogger("m2mkd_ds")
-    before = (list(logger.handlers), logger.level, logger.propagate)
-    monkeypatch.chdir(tmp_path)
+def run(m2mkd: Run, tmp_path: Path) -> Run:
+    """`m2mkd shards WORDS`, in a folder with data/x-0.tar (3 samples) and data/x-1.tar (4 samples)."""
     (tmp_path / "data").mkdir()
     make_tar(tmp_path / "data" / "x-0.tar", image_members(range(3)))
     make_tar(tmp_path / "data" / "x-1.tar", image_members(range(3, 7)))
-
-    def call(*words: str) -> Ended:
-        code = 0
-        try:
-            main(["shards", *words])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capsys.readouterr())
-
-    yield call
-    logger.handlers[:], logger.level, logger.propagate = before
+    return lambda *words: m2mkd("shards", *words)
 
 
 def test_index_then_verify_then_info(run: Run) -> None:

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
-from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from m2mkd_ds.cli import main
 from m2mkd_ds.cli.resolve import ensure_shards, resolve
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.source_options import SOURCE_USES, SourceName, SourceOptions, check_options
 from m2mkd_ds.data.sources.registry import SOURCES, encode_png
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
+from tests.cli.ended import Run
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """`m2mkd shards write WORDS` in this process, in an empty folder."""
-    logger = logging.getLogger("m2mkd_ds")
-    before = (list(logger.handlers), logger.level, logger.propagate)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> Ended:
-        code = 0
-        try:
-            main(["shards", "write", *words])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capsys.readouterr())
-
-    yield call
-    logger.handlers[:], logger.level, logger.propagate = before
+def run(m2mkd: Run) -> Run:
+    """`m2mkd shards write WORDS`, in an empty folder."""
+    return lambda *words: m2mkd("shards", "write", *words)
 
 
 def image_folder(root: Path) -> Path:
