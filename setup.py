@@ -40,12 +40,17 @@ DEV_REQUIRES = [
     "types-PyYAML",
     "resvg-py>=0.5",  # the extra `icons`
     "datasets>=4.0",  # the extra `datasets`
+    "pyarrow>=26",  # the extra `teacher`, with the next two
+    "xxhash>=3.5",
+    "prometheus-client>=0.21",
+    "trustme>=1.2",  # certificates for tests of mutual TLS
 ]
 EXTRAS = {
     "s3": ["s3fs>=2024.6"],
     "gs": ["gcsfs>=2024.6"],
     "icons": ["resvg-py>=0.5"],
     "datasets": ["datasets>=4.0"],
+    "teacher": ["pyarrow>=26", "xxhash>=3.5", "prometheus-client>=0.21"],  # pyarrow 25 leaks every Flight server (arrow 50684)
 }
 
 ROOM_PACKAGES = find_packages(include=["m2mkd_ds", "m2mkd_ds.*"])

@@ -24,6 +24,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from m2mkd_ds.data_config import DATA_LIMITS, AugmentConfig, DataConfig, check_data_config
 from m2mkd_ds.phase_config import PHASE_LIMITS, PhaseConfig
 from m2mkd_ds.router_config import ROUTER_PRESETS, RouterConfig, check_router, router_preset
+from m2mkd_ds.teacher_config import TEACHER_LIMITS, TeacherConfig, check_teacher_config
 
 __all__ = [
     "PHASES", "ROUTER_PRESETS", "AugmentConfig", "ConfigError", "DataConfig", "DistillConfig", "ExportConfig", "LaunchConfig",
@@ -33,24 +34,6 @@ __all__ = [
 
 PHASES = ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline")
 """Training phases, in the order in which the pipeline runs them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The monolithic teacher T: any timm VisionTransformer, cut into N stages."""
-
-    arch: str = "deit_large_patch16_224"
-    """timm model name."""
-    arch_args: dict[str, Any] = field(default_factory=dict)
-    """Extra arguments of `timm.create_model`, for example {embed_dim: 96, depth: 8, num_heads: 4, patch_size: 4}."""
-    depths: tuple[int, ...] = (6, 6, 6, 6)
-    """Blocks per stage; their number is N, the number of teaching pairs; their sum is the depth of the teacher."""
-    source: Literal["incubate", "pretrained"] = "incubate"
-    """incubate: Deep Incubation (pretrain_meta, modular_train, assemble_finetune). pretrained: `weights`, only M is trained."""
-    weights: str = ""
-    """For source=pretrained: a .safetensors or .pth file, or `timm` for the weights that timm's hub entry of `arch` names."""
-    feed: Literal["colocated"] = "colocated"
-    """Where hidden states and teacher logits are made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +184,7 @@ class ConfigError(ValueError):
 
 _LIMITS: dict[str, tuple[float, float]] = {
     **{f"data.{field}": limits for field, limits in DATA_LIMITS.items()},
+    **{f"teacher.{field}": limits for field, limits in TEACHER_LIMITS.items()},
     "student.embed_dim": (1, inf), "student.num_heads": (1, inf), "student.patch_size": (1, inf), "student.mlp_ratio": (0.01, inf),
     "student.moe.placement_n": (1, inf), "student.moe.num_experts": (1, inf), "launch.num_gpus": (0, inf),
     "launch.threads_per_rank": (1, inf), "meta.align_weight": (0, inf),
@@ -221,8 +205,6 @@ def _check(config: RunConfig) -> None:
                 f"{name}.depths has {len(depths)} stages and teacher.depths has {config.num_stages}: "
                 "teacher, meta and student must have the same number of stages"
             )
-    if config.teacher.source == "pretrained" and not config.teacher.weights:
-        raise ConfigError("teacher.source=pretrained needs teacher.weights: a .safetensors or .pth file, or `timm`")
     if config.student.embed_dim % config.student.num_heads:
         raise ConfigError(f"student.embed_dim {config.student.embed_dim} is not a multiple of student.num_heads {config.student.num_heads}")
     if not 0.0 <= config.distill.kd_weight <= 1.0:
@@ -231,6 +213,7 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"distill.temperature is {config.distill.temperature}; it must be positive")
     try:
         check_data_config(config.data)
+        check_teacher_config(config.teacher)
         check_router(config.student.moe.router, config.student.moe.num_experts, at="student.moe.")
     except ValueError as err:
         raise ConfigError(str(err)) from None

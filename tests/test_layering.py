@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data_config": set(),
     "phase_config": set(),
     "router_config": set(),
+    "teacher_config": set(),
     "logs": set(),
     "recipes": set(),
     "data": set(),
@@ -32,11 +33,11 @@ MAY_IMPORT = {
     "train": {"distill", "teacher", "models", "moe", "data", "checkpoint", "distributed"},
     "bench": {"moe", "models", "data", "teacher", "distributed", "distill", "train.steps", "train.optim", "checkpoint.atomic"},
     "report": {"models", "checkpoint"},
-    "planner": {"models", "checkpoint"},
+    "planner": {"models", "checkpoint", "distill.pairs"},
     "__main__": {"cli"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
-OPEN_TO_ALL = {"config", "data_config", "phase_config", "router_config", "logs"}
+OPEN_TO_ALL = {"config", "data_config", "phase_config", "router_config", "teacher_config", "logs"}
 
 # third party -> the files or folders that may import it.
 DOORS = {
@@ -49,10 +50,13 @@ DOORS = {
     "safetensors": ("m2mkd_ds/checkpoint/",),
     "transformers": ("m2mkd_ds/checkpoint/",),
     "huggingface_hub": ("m2mkd_ds/checkpoint/",),
+    "pyarrow": ("m2mkd_ds/teacher/", "m2mkd_ds/bench/"),
+    "prometheus_client": ("m2mkd_ds/teacher/",),
+    "xxhash": ("m2mkd_ds/teacher/",),
     "accelerate": ("m2mkd_ds/checkpoint/",),
     "m2mkd_kernels": ("m2mkd_ds/moe/", "kernels/m2mkd_kernels/"),
 }
-ONLY_IN_FUNCTIONS = {"scattermoe", "tutel", "transformers", "accelerate", "m2mkd_kernels"}
+ONLY_IN_FUNCTIONS = {"prometheus_client", "pyarrow", "xxhash", "scattermoe", "tutel", "transformers", "accelerate", "m2mkd_kernels"}
 HF_TEMPLATE = "m2mkd_ds/checkpoint/hf_template/"
 KERNELS = "kernels/m2mkd_kernels/"
 

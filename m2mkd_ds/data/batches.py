@@ -51,14 +51,18 @@ class TrainBatches(Dataset["WorkerBatch | SampleError"]):
         self.order = make_order(data, seed, index.shard_sizes, layout)
 
     def __getitem__(self, number: int) -> WorkerBatch | SampleError:
+        step, micro_step = divmod(number, self._layout.accumulation)
+        return self.micro_batch(step, micro_step, self._rank)
+
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> WorkerBatch | SampleError:
+        """The micro-batch of any rank."""
         try:
-            return self._batch(number)
+            return self._batch(step, micro_step, rank)
         except SampleError as err:
             return err
 
-    def _batch(self, number: int) -> WorkerBatch:
-        step, micro_step = divmod(number, self._layout.accumulation)
-        positions = self._layout.positions(step, micro_step, self._rank)
+    def _batch(self, step: int, micro_step: int, rank: int) -> WorkerBatch:
+        positions = self._layout.positions(step, micro_step, rank)
         images = _empty_images(len(positions), self._transform)
         filled = []
         with KeyedRandom() as keyed:
@@ -67,10 +71,10 @@ class TrainBatches(Dataset["WorkerBatch | SampleError"]):
                     filled.append(self._fill(position, images[place], keyed))
                 except _LostPlaceError as lost:
                     bad = [record for _, _, faults in filled for record in faults]
-                    return self._lost_batch(images, number, lost.error, [*bad, *lost.records])
+                    return self._lost_batch(images, (step, micro_step, rank), lost.error, [*bad, *lost.records])
         labels_B = torch.tensor([label for label, _, _ in filled])
         drawn = [work for _, work, _ in filled if work is not None]
-        in_step = self._layout.group(micro_step, self._rank) * len(positions)
+        in_step = self._layout.group(micro_step, rank) * len(positions)
         targets_BV, work = None, None
         if drawn:
             draws = self.mixer.draw(len(positions), self._transform.size, step=step, in_step=in_step) if self.mixer.mixes else ()
@@ -101,10 +105,10 @@ class TrainBatches(Dataset["WorkerBatch | SampleError"]):
             SampleError(message, faults[0][1].kind), [_record(self._index, damaged, err, position, -1) for damaged, err in faults]
         )
 
-    def _lost_batch(self, images: Tensor, number: int, error: SampleError, bad: list[BadSample]) -> WorkerBatch:
+    def _lost_batch(self, images: Tensor, place: tuple[int, int, int], error: SampleError, bad: list[BadSample]) -> WorkerBatch:
         """A batch of zeros that says why: what reads it keeps in step with the other ranks, and stops with them."""
-        step, micro_step = divmod(number, self._layout.accumulation)
-        positions = self._layout.positions(step, micro_step, self._rank)
+        step, micro_step, rank = place
+        positions = self._layout.positions(step, micro_step, rank)
         labels_B = torch.zeros(len(positions), dtype=torch.int64)
         targets_BV = soft_targets(labels_B, self._num_classes, 0.0) if isinstance(self._transform, ImageTransform) else None
         return WorkerBatch(

@@ -48,6 +48,20 @@ class BatchLayout:
         first = self.origin + step * self.global_batch + self.group(micro_step, rank) * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
+    def place(self, start: int) -> tuple[int, int, int]:
+        """(step, micro_step, rank) of the micro-batch that begins at position `start`: the inverse of `positions`.
+
+        Raises ValueError where no micro-batch begins.
+        """
+        step, inside = divmod(start - self.origin, self.global_batch)
+        group, rest = divmod(inside, self.micro_batch_size)
+        if rest or step < 0:
+            raise ValueError(
+                f"position {start} is not where a micro-batch of {self.micro_batch_size} begins (step 0 begins at {self.origin})"
+            )
+        rank, micro_step = divmod(group, self.accumulation)
+        return step, micro_step, rank
+
 
 STATE_VERSION = 1
 

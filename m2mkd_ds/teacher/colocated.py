@@ -62,6 +62,10 @@ class ColocatedFeed:
             fallbacks=images.fallbacks,
         )
 
+    def metrics(self) -> dict[str, float]:
+        """None of its own."""
+        return {}
+
     def close(self) -> None:
         """Stop the loader's workers."""
         self._loader.close()

@@ -56,6 +56,10 @@ class TeacherFeed(Protocol):
         """The batch for exactly `request.slots`. Raises RuntimeError when it cannot be had."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the log, each counted since the last call; empty for feeds without any. Same keys on every rank."""
+        ...
+
     def close(self) -> None:
         """Release workers and connections."""
         ...
