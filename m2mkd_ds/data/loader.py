@@ -44,8 +44,8 @@ class LookAhead(Protocol):
         ...
 
 
-def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
-    """Load and cross-check both folders before compute is spent: (train, validation).
+def check_data(data: DataConfig, *, images: bool = True) -> tuple[ShardIndex, ShardIndex]:
+    """Load and cross-check both folders before compute is spent: (train, validation). `images`: whether the shards must be there, too.
 
     Raises ShardError when a folder is damaged or empty, or when the class counts of folders and config differ.
     """
@@ -54,7 +54,7 @@ def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
         folder = getattr(data, name)
         if not folder:
             raise ShardError(f"data.{name} is empty; give the folder of the {name} shards (`m2mkd shards write` makes them)")
-        index = ShardIndex.load(folder, Access.from_config(data))
+        index = (ShardIndex.load if images else ShardIndex.load_unchecked)(folder, Access.from_config(data))
         if index.num_classes != data.num_classes:
             raise ShardError(
                 f"data.num_classes is {data.num_classes}, but data.{name} ({redact(folder)}) has {index.num_classes} classes; "
