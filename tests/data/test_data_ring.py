@@ -77,6 +77,24 @@ def test_a_sent_batch_comes_back_with_the_images_of_its_place() -> None:
     assert torch.equal(kind(*fields).flip_B, torch.tensor([True, False, True]))
 
 
+def test_pinning_copies_the_images_and_gives_the_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What DataLoader's pinning thread does for a GPU; page-locked memory itself needs one.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    ring = Ring(1, (2, 2, 2, 3), torch.uint8)
+    turns = ring.turns(range(3))
+    first, second = next(turns), next(turns)
+    assert first.place is not None and second.place is None
+    ring.images(first.place, 2).fill_(7)
+    labels_B = torch.tensor([0, 1])
+    sent = WorkerBatch(images=torch.empty(0), labels_B=labels_B, slot_ids_B=labels_B, step=0, micro_step=0, targets_BV=None)
+    pinned = sent.left_at(first.place).pin_memory()
+    assert pinned.place is None
+    third = next(turns)
+    assert third.place is not None  # given back
+    ring.images(third.place, 2).fill_(9)  # the next batch is written over it
+    assert torch.equal(pinned.fetched().images, torch.full((2, 2, 2, 3), 7, dtype=torch.uint8))
+
+
 def test_batches_that_are_kept_stay_what_they_were(digits_train: ShardIndex) -> None:
     # 24 batches through 3 places, all kept; then what was left in the middle, and a pass after it.
     alone = [batch.images_BCHW.clone() for batch in train(digits_train, config(0), 24)]
