@@ -1,9 +1,9 @@
 """From an index and a plan to batches: `TrainLoader` (endless stream, resumable at any step) and `EvalLoader` (exact cover).
 
 The unit of work of a loader worker is a whole micro-batch, named by its number (data/batches.py). So the order cannot depend on
-the number of workers, resuming is starting to count elsewhere, and no worker has state worth saving. Workers are spawned
-(a forked child of a process that uses threads or CUDA may hang); what is left to do on the device is done here, in the
-training process (data/device_ops.py).
+the number of workers, resuming is starting to count elsewhere, and no worker has state worth saving. How workers start:
+data/worker_start.py; in which memory their images come: data/ring.py. What is left to do on the device is done here, in
+the training process (data/device_ops.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.batch import ImageBatch, WorkerBatch
-from m2mkd_ds.data.batches import EvalBatches, TrainBatches
+from m2mkd_ds.data.batches import Batches, EvalBatches, TrainBatches
 from m2mkd_ds.data.decode import decode
 from m2mkd_ds.data.device_ops import Finisher
 from m2mkd_ds.data.errors import SampleError, ShardError
@@ -28,12 +28,16 @@ from m2mkd_ds.data.plan import BatchLayout, num_eval_batches
 from m2mkd_ds.data.remote.addresses import redact
 from m2mkd_ds.data.remote.files import CachedFiles
 from m2mkd_ds.data.remote.look_ahead import LookAhead as ShardLookAhead
+from m2mkd_ds.data.ring import Turns
 from m2mkd_ds.data.shard_files import Access
+from m2mkd_ds.data.worker_start import start_worker, worker_context
 from m2mkd_ds.data_config import check_mixing
 
 __all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]
 
 CPU = torch.device("cpu")
+PREFETCH = 2
+"""Batches a worker is asked for ahead."""
 
 
 class LookAhead(Protocol):
@@ -117,7 +121,7 @@ class TrainLoader:
         self._rank, self._look_ahead, self._raise_lost = rank, look_ahead, raise_lost
         self._received: weakref.WeakSet[_Received] = weakref.WeakSet()
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
-        self._make_loader = partial(_loader, batches, self._numbers, data.num_workers, device)
+        self._make_loader = partial(_loader, batches, self._numbers, data, device)
         self._loader = self._make_loader()
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
 
@@ -173,7 +177,7 @@ class EvalLoader:
         self.index = index
         self._image_size = data.image_size
         self._numbers = range(count)
-        self._loader = _loader(batches, self._numbers, data.num_workers, device)
+        self._loader = _loader(batches, self._numbers, data, device)
         self._finish = Finisher(data, device, smoothing=0.0)
 
     def __len__(self) -> int:
@@ -199,21 +203,37 @@ def _check_classes(index: ShardIndex, data: DataConfig) -> None:
         raise ValueError(f"data.num_classes is {data.num_classes}, but {index.folder} has {index.num_classes} classes; make them equal")
 
 
-def _loader(batches: Dataset[WorkerBatch | SampleError], numbers: range, num_workers: int, device: torch.device) -> DataLoader[Any]:
+def _loader(batches: Batches, numbers: range, data: DataConfig, device: torch.device) -> DataLoader[Any]:
     """A DataLoader whose items are whole micro-batches, or the error that stopped one."""
+    num_workers = data.num_workers
+    sampler: range | Turns = numbers
+    if num_workers and _is_copied(data, device):
+        # Those that are asked for ahead, and the one that the training process has in hand.
+        sampler = Turns(batches.use_ring(PREFETCH * num_workers + 1), numbers)
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=numbers,
+        sampler=sampler,
         num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
         collate_fn=_as_is,
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context=worker_context() if num_workers else None,
+        worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
         # Copies to a GPU run beside its work only from page-locked memory.
         pin_memory=device.type == "cuda",
         # Its own generator: DataLoader draws a base seed at every start, which would shift the trainer's random numbers.
         generator=torch.Generator(),
     )
+
+
+def _is_copied(data: DataConfig, device: torch.device) -> bool:
+    """Whether images have left the workers' memory before anybody else sees them: pinned, or made floats on the host.
+
+    Not with decode=pil on the CPU, where a worker's tensor is what the caller gets and keeps; nor on devices whose queued copies
+    might read it later.
+    """
+    return device.type == "cuda" or (data.decode == "fast" and device.type in ("cpu", "meta"))
 
 
 def _as_is(batch: Any) -> Any:

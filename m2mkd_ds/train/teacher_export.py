@@ -36,6 +36,6 @@ def export(config: RunConfig, out: Path, *, pairs: str = "all", ranks: int = 0, 
         )  # fmt: skip
     stored = sum(file.bytes for part in manifest.parts for file in part.files)
     return (
-        f"{out}: logits of pairs {[pair.index for pair in chosen]} for {steps} steps of {layout.global_batch} images, {stored / 1e6:,.1f} MB; "
-        f"use them by --set teacher.feed=replay teacher.replay={out}"
+        f"{out}: logits of pairs {[pair.index for pair in chosen]} for {steps} steps of {layout.global_batch} images, "
+        f"{stored / 1e6:,.1f} MB; use them by --set teacher.feed=replay teacher.replay={out}"
     )

@@ -207,10 +207,10 @@ class Probe(TrainBatches):
 if __name__ == "__main__":
     import deepspeed  # what the training process has imported must not travel (a stand-in, found beside this file)
     index = ShardIndex.load({str(digits_folder / "train")!r})
-    data = DataConfig(num_classes=10, image_size=16)
+    data = DataConfig(num_classes=10, image_size=16, num_workers=1)
     layout = loader.BatchLayout(micro_batch_size=2, accumulation=1, world=1)
     batches = Probe(index, data, seed=0, layout=layout, rank=0)
-    print(" ".join(next(iter(loader._loader(batches, range(1), 1, loader.CPU)))))
+    print(" ".join(next(iter(loader._loader(batches, range(1), data, loader.CPU)))))
 """)
     (tmp_path / "deepspeed.py").write_text("")
     root = str(Path(__file__).parents[2])
