@@ -117,7 +117,6 @@ def _import_functional_collectives() -> None:
     Its functions take the group that is the default one at the time of the import as their default argument. Imported inside a
     job, they would keep that job's group alive past `shutdown`, and use it in the next job.
     """
-    import torch.distributed.nn
 
 
 def _free_port() -> int:
