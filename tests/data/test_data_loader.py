@@ -345,3 +345,14 @@ def test_close_ends_the_workers_although_the_loader_and_its_iterator_are_held(di
     assert torch.equal(again.images_BCHW, first.images_BCHW)
     loader.close()
     assert multiprocessing.active_children() == []
+
+
+def test_close_ends_the_workers_of_an_evaluation(digits_validation: ShardIndex, digits_folder: Path) -> None:
+    loader = EvalLoader(digits_validation, data_config(digits_folder, num_workers=1), batch_size=16, rank=0, world=1)
+    batches = iter(loader)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    assert multiprocessing.active_children() == []
+    with pytest.raises(RuntimeError, match="the loader was closed"):
+        next(batches)
