@@ -24,9 +24,10 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.mix import MixDraw, group_draws, soft_targets
 from m2mkd_ds.data.order import Slot, make_order
+from m2mkd_ds.data.pil_transforms import ImageTransform, eval_transform, train_transform
 from m2mkd_ds.data.plan import BatchLayout, eval_samples
 from m2mkd_ds.data.ring import Place, Ring, Turn, shared_tensor
-from m2mkd_ds.data.transforms import ImageTransform, Mixer, eval_transform, train_transform
+from m2mkd_ds.data.transforms import Mixer
 
 MAX_SUBSTITUTES = 50
 """Samples tried in place of a damaged one; so many damaged ones in a row mean that the storage is gone, not an image."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -119,10 +119,8 @@ class TrainLoader:
         if look_ahead is None and isinstance(index.files, CachedFiles):
             look_ahead = ShardLookAhead(self.order, index.files, index.access.look_ahead, window=data.order_window)
         self._rank, self._look_ahead, self._raise_lost = rank, look_ahead, raise_lost
-        self._received: weakref.WeakSet[_Received] = weakref.WeakSet()
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
-        self._make_loader = partial(_loader, batches, self._numbers, data, device)
-        self._loader = self._make_loader()
+        self._workers = _Workers(partial(_loader, batches, self._numbers, data, device))
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
 
     def __len__(self) -> int:
@@ -133,15 +131,11 @@ class TrainLoader:
         # Not a generator itself: workers start when the iterator is made, not when the first batch is asked for.
         if self._numbers:
             self._advance(self._numbers[0])
-        received = _Received(iter(self._loader))
-        self._received.add(received)
-        return self._finished(received)
+        return self._finished(self._workers.start())
 
     def close(self) -> None:
         """End the workers, also of iterators that somebody still holds, and fetch no more shards ahead."""
-        self._loader = self._make_loader()  # the old one holds its workers; this one has none before it is iterated
-        for received in list(self._received):
-            received.close()
+        self._workers.close()
         self.index.files.expect(())
 
     def _finished(self, received: Iterator[tuple[WorkerBatch, float]]) -> Iterator[ImageBatch]:
@@ -177,7 +171,7 @@ class EvalLoader:
         self.index = index
         self._image_size = data.image_size
         self._numbers = range(count)
-        self._loader = _loader(batches, self._numbers, data, device)
+        self._workers = _Workers(partial(_loader, batches, self._numbers, data, device))
         self._finish = Finisher(data, device, smoothing=0.0)
 
     def __len__(self) -> int:
@@ -189,8 +183,13 @@ class EvalLoader:
         return torch.zeros(0, 3, self._image_size, self._image_size)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        received = _Received(iter(self._loader))
+        # Not a generator function: workers start when the iterator is made.
+        received = self._workers.start()
         return (self._finish(batch, wait_s) for batch, wait_s in received)
+
+    def close(self) -> None:
+        """End the workers, also of iterators that somebody still holds."""
+        self._workers.close()
 
 
 def _check_rank(rank: int, world: int) -> None:
@@ -239,6 +238,27 @@ def _is_copied(data: DataConfig, device: torch.device) -> bool:
 def _as_is(batch: Any) -> Any:
     """Batches come whole: nothing to collate."""
     return batch
+
+
+class _Workers:
+    """A DataLoader whose processes can be ended while somebody holds an iterator over it."""
+
+    def __init__(self, make_loader: Callable[[], DataLoader[Any]]) -> None:
+        self._make_loader = make_loader
+        self._loader = make_loader()
+        self._received: weakref.WeakSet[_Received] = weakref.WeakSet()
+
+    def start(self) -> _Received:
+        """Start the processes; what they make, in order."""
+        received = _Received(iter(self._loader))
+        self._received.add(received)
+        return received
+
+    def close(self) -> None:
+        """End the processes."""
+        self._loader = self._make_loader()  # the old one holds its workers; this one has none before it is iterated
+        for received in list(self._received):
+            received.close()
 
 
 class _Received(Iterator["tuple[WorkerBatch, float]"]):

@@ -22,8 +22,8 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.loader import EvalLoader, ImageBatch, TrainLoader
+from m2mkd_ds.data.pil_transforms import train_transform
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.data.transforms import train_transform
 
 AUGMENT = AugmentConfig(color_jitter=0.2, random_erase=0.5, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 NUM_SAMPLES, DAMAGED = 29, (3, 4, 17)

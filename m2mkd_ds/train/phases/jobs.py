@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def run_evaluation(
 ) -> dict[str, Score]:
     """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
     loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size, device=ctx.world.device)
-    return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
+    with closing(loader):
+        return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
 
 
 def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
