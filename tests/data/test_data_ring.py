@@ -99,7 +99,7 @@ def test_batches_that_are_kept_stay_what_they_were(digits_train: ShardIndex) -> 
     # 24 batches through 3 places, all kept; then what was left in the middle, and a pass after it.
     alone = [batch.images_BCHW.clone() for batch in train(digits_train, config(0), 24)]
     loader = train(digits_train, config(1), 24)
-    assert loader._loader.dataset.ring is not None  # type: ignore[attr-defined]
+    assert loader._workers._loader.dataset.ring is not None  # type: ignore[attr-defined]
     kept = list(loader)
     broken_off = iter(loader)
     early = [next(broken_off) for _ in range(3)]
