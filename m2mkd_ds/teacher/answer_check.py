@@ -164,7 +164,7 @@ def _check_together(given: dict[str, TensorSpec], erase_pixels: int, count: int)
 def _check_range(tensors: dict[str, Tensor], name: str, low: float, high: float) -> None:
     tensor = tensors.get(name)
     if tensor is not None and not (low <= float(tensor.min()) and float(tensor.max()) <= high):
-        raise LinkError("corrupt", f"{name} has values from {float(tensor.min()):g} to {float(tensor.max()):g}; allowed are {low} to {high}")
+        raise LinkError("corrupt", f"{name} runs from {float(tensor.min()):g} to {float(tensor.max()):g}; allowed is {low:g} to {high:g}")
 
 
 def _check_erase(boxes_E6: Tensor, pixels: int, count: int, side: int) -> None:

@@ -65,7 +65,7 @@ class _FrameHead:
 
 
 for _cls in (TensorSpec, _FrameHead):
-    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
 _HEADS: list[TypeAdapter[_FrameHead]] = []
 
 
