@@ -157,7 +157,7 @@ def _check_together(given: dict[str, TensorSpec], erase_pixels: int, count: int)
         raise LinkError("corrupt", "image.shares and image.boxes must have one row a mixing group, both")
     if shares is not None and count % shares.shape[0]:
         raise LinkError("corrupt", f"image.shares has {shares.shape[0]} groups, which do not divide {count} images")
-    if "image.erase" not in given and erase_pixels:
+    if "image.pixels" in given and "image.erase" not in given and erase_pixels:
         raise LinkError("corrupt", f"the answer tells of {erase_pixels} erased pixels and has no image.erase")
 
 

@@ -75,9 +75,9 @@ def check_golden(
     differences: dict[str, float] = {}
     for name, expected in _own(answer, pairs, meta, teachers or {}, golden_images(data.image_size).to(device, dtype)):
         given = answer.tensors[name]
-        _check_dtype(connection.endpoint, name, given, dtype)
         if given.shape != expected.shape:
             raise FeedError("mismatch", f"{connection.endpoint}: golden {name} is {list(given.shape)}, here it is {list(expected.shape)}")
+        _check_dtype(connection.endpoint, name, given, expected, dtype)
         differences[name] = _difference(given, expected)
         # Written so that NaN is refused, too.
         if not differences[name] <= allowed:
@@ -134,16 +134,23 @@ def _own(
             yield f"logits.{i}", meta.suffix(pair, given(f"module.{i}")).float().cpu()
 
 
-def _check_dtype(endpoint: str, name: str, given: Tensor, dtype: torch.dtype) -> None:
+def _check_dtype(endpoint: str, name: str, given: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Numbers made in 16 bits say so: rounding to these leaves them as they are."""
-    exact = {narrow: torch.equal(given.to(narrow).float(), given) for narrow in (torch.bfloat16, torch.float16)}
-    found = next((narrow for narrow in exact if exact[narrow]), torch.float32)
-    computed = dtype if exact.get(dtype, found == torch.float32) else found
-    if computed != dtype:
+
+    def fits(tensor: Tensor, narrow: torch.dtype) -> bool:
+        return torch.equal(tensor.to(narrow).float(), tensor)
+
+    if dtype == torch.float32:
+        # Our own numbers may fit, too: an untrained head gives zeros.
+        narrower = [narrow for narrow in (torch.bfloat16, torch.float16) if fits(given, narrow) and not fits(expected, narrow)]
+        found = str(narrower[0]) if narrower else ""
+    else:
+        found = "" if fits(given, dtype) else "another dtype"
+    if found:
         raise FeedError(
             "mismatch",
-            f"{endpoint}: golden {name} was computed in {computed}, this trainer computes in {dtype}; start both with the same "
-            "m2mkd.precision",
+            f"{endpoint}: golden {name} was computed in {found} by the server, this trainer computes in {dtype}; start both with the "
+            "same m2mkd.precision",
         )
 
 
@@ -163,5 +170,5 @@ def _told(endpoint: str, name: str, given: Tensor, expected: Tensor, allowed: fl
 def _digest(answer: Answer) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name in sorted(answer.tensors):
-        total.update(answer.tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(answer.tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

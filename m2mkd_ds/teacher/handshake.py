@@ -59,7 +59,7 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         head = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
         total.update(len(head).to_bytes(8, "little") + head)
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -175,7 +175,8 @@ def version_differences(
 
 def _refuse_differences(trainer: Mapping[str, str], server: Mapping[str, str], *, decodes: bool) -> None:
     differing = []
-    for name in sorted(trainer.keys() | server.keys()):
+    # Class names last: where the shards differ, all of them may.
+    for name in sorted(trainer.keys() | server.keys(), key=lambda name: (name.startswith("data.classes"), name)):
         # Who makes the images itself must be able to say from what and by what.
         must_say = not name.startswith(WITHHELD) or (decodes and (name in DECODING or name.startswith("data.")))
         if name.startswith("version.") and not (decodes and name in DECODING):
