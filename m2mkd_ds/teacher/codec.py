@@ -56,14 +56,22 @@ class Frame:
 
 def encode(answer: Answer, chunk_bytes: int = CHUNK_BYTES) -> Frame:
     """Frame of an answer whose tensors are contiguous and on the CPU."""
-    specs = [[name, _DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in answer.tensors.items()]
-    head = json.dumps({"answer": json.loads(pack(answer.head)), "tensors": specs}, separators=(",", ":")).encode()
+    head = head_of(answer)
     pieces = tuple(
         view[at : at + chunk_bytes] for t in answer.tensors.values() for view in (_bytes_of(t),) for at in range(0, len(view), chunk_bytes)
     )
-    sums = [checksum(head), *(checksum(piece) for piece in pieces)]
-    tail = json.dumps({"sums": sums, "bytes": answer.num_bytes, "complete": True}, separators=(",", ":")).encode()
-    return Frame(head, pieces, tail)
+    return Frame(head, pieces, tail_of([checksum(head), *(checksum(piece) for piece in pieces)], answer.num_bytes))
+
+
+def head_of(answer: Answer) -> bytes:
+    """First part of a frame. Raises KeyError for a dtype that does not travel."""
+    specs = [[name, _DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in answer.tensors.items()]
+    return json.dumps({"answer": json.loads(pack(answer.head)), "tensors": specs}, separators=(",", ":")).encode()
+
+
+def tail_of(sums: Sequence[int], num_bytes: int) -> bytes:
+    """Last part of a frame: `sums` of the head and of every piece, `num_bytes` of all tensors."""
+    return json.dumps({"sums": list(sums), "bytes": num_bytes, "complete": True}, separators=(",", ":")).encode()
 
 
 class FrameReader:
