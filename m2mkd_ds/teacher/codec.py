@@ -85,7 +85,18 @@ class Frame:
 
 
 def encode(answer: Answer, chunk_bytes: int = CHUNK_BYTES) -> Frame:
-    """Frame of an answer; copies nothing. Raises ValueError for a tensor that is not contiguous, not on the CPU, or of another dtype."""
+    """Frame of an answer; copies nothing. Raises ValueError as `head_of` does."""
+    framed, packed = _head_of(answer, chunk_bytes)
+    pieces = tuple(memoryview(room) for room in _rooms(framed, answer.tensors))  # type: ignore[arg-type]  # numpy arrays are buffers
+    return Frame(packed, pieces, tail_bytes([checksum(packed), *(checksum(piece) for piece in pieces)], answer.num_bytes))
+
+
+def head_of(answer: Answer, chunk_bytes: int = CHUNK_BYTES) -> bytes:
+    """First part of a frame. Raises ValueError for a tensor that is not contiguous, not on the CPU, or of another dtype."""
+    return _head_of(answer, chunk_bytes)[1]
+
+
+def _head_of(answer: Answer, chunk_bytes: int) -> tuple[_FrameHead, bytes]:
     head = replace(answer.head, bad=bounded_bad(answer.head.bad), lost=answer.head.lost[:MAX_LOST_TEXT])
     specs = tuple(_spec_of(name, tensor) for name, tensor in answer.tensors.items())
     framed = _FrameHead(head, chunk_bytes, specs)
@@ -94,9 +105,7 @@ def encode(answer: Answer, chunk_bytes: int = CHUNK_BYTES) -> Frame:
             f"an answer of {len(specs)} tensors in {framed.num_pieces} pieces of {chunk_bytes} bytes; at most {MAX_TENSORS} and "
             f"{MAX_PIECES} may travel: ask for fewer images at a time (micro_batch_size)"
         )
-    packed = _heads().dump_json(framed)
-    pieces = tuple(memoryview(room) for room in _rooms(framed, answer.tensors))  # type: ignore[arg-type]  # numpy arrays are buffers
-    return Frame(packed, pieces, tail_bytes([checksum(packed), *(checksum(piece) for piece in pieces)], answer.num_bytes))
+    return framed, _heads().dump_json(framed)
 
 
 class FrameReader:
