@@ -66,7 +66,7 @@ def make_middleware(keys: Keys) -> dict[str, Any]:
     class GateFactory(flight.ServerMiddlewareFactory):  # type: ignore[name-defined]
         def start_call(self, info: Any, headers: dict[str, list[str | bytes]]) -> Gate:
             if info.method not in ours:
-                raise NotImplementedError("this server answers DoGet and DoAction only")
+                raise flight.FlightUnauthorizedError("this server answers DoGet and DoAction only")
             return Gate(not keys.token or _shown_right(keys, headers))
 
     return {"gate": GateFactory()}

@@ -7,6 +7,7 @@ bounds both a client that stopped reading (its answer would stay in memory) and 
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -213,4 +214,14 @@ def _make_server(transport: FlightTransport, keys: Keys, address: str) -> Any:
     try:
         return Server(f"{'grpc+tls' if keys.cert else 'grpc'}://{address}", middleware=make_middleware(keys), **(tls if keys.cert else {}))
     except (flight.FlightError, pa.ArrowException, OSError) as err:
-        raise OSError(f"cannot listen on {address}: {str(err).splitlines()[0]}") from err
+        raise OSError(f"cannot listen on {address}: {_why_not_bound(address) or str(err).splitlines()[0]}") from err
+
+
+def _why_not_bound(address: str) -> str:
+    """The system's word for it, which gRPC keeps to its own log."""
+    try:
+        host, port = split_address(address)
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return ""
+    except OSError as err:
+        return f"{err.strerror or err}; choose another address or port"
