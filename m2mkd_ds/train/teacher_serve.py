@@ -59,7 +59,7 @@ def serve(config: RunConfig, options: ServerOptions, pairs: str = "all") -> None
     ctx = open_teacher(config)
     with ExitStack() as stack:
         service = stack.enter_context(closing(make_service(ctx, options, pairs)))
-        transports = [make_transport(service, address, options) for address in options.listen]
+        transports = [make_transport(service, address, options) for address in options.addresses]
         for transport in transports:
             transport.start()
             stack.callback(transport.stop, 0.0)
