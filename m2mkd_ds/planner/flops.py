@@ -27,15 +27,16 @@ class Flops:
 
     linear: float = 0.0
     attention: float = 0.0
-    patches: float = 0.0
+    constant: float = 0.0
+    """Maps of what has no gradient: the image's patches, the learned queries of an attention pool."""
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.linear + other.linear, self.attention + other.attention, self.patches + other.patches)
+        return Flops(self.linear + other.linear, self.attention + other.attention, self.constant + other.constant)
 
     @property
     def forward(self) -> float:
         """The forward pass."""
-        return self.linear + self.attention + self.patches
+        return self.linear + self.attention + self.constant
 
     @property
     def input_backward(self) -> float:
@@ -45,7 +46,7 @@ class Flops:
     @property
     def full_backward(self) -> float:
         """The backward pass to all weights."""
-        return 2 * (self.linear + self.attention) + self.patches
+        return 2 * (self.linear + self.attention) + self.constant
 
 
 def linear(rows: float, in_dim: int, out_dim: int) -> float:
@@ -70,7 +71,7 @@ def vit_stage_flops(stage: VitStage, tokens: int) -> Flops:
         if not isinstance(stem, nn.Conv2d):
             raise ValueError(f"the stem {type(stage.patch_embed).__name__} is not one of plain patches; its FLOPs are not known here")
         per_patch = stem.in_channels * stem.kernel_size[0] * stem.kernel_size[1]
-        total += Flops(patches=linear(stage.patch_embed.num_patches, per_patch, stem.out_channels))
+        total += Flops(constant=linear(stage.patch_embed.num_patches, per_patch, stem.out_channels))
     for number in stage.span.blocks:
         total += _vit_block_flops(stage.blocks[str(number)], tokens)
     return total + (_tail_flops(stage, tokens) if stage.span.is_last else Flops())
@@ -93,23 +94,22 @@ def _tail_flops(stage: VitStage, tokens: int) -> Flops:
     pool = stage.attn_pool
     if pool is None:
         return total
-    queries = pool.latent_len
-    maps = sum(
-        linear(tokens if name == "kv" else queries, m.in_features, m.out_features)
-        for name, m in pool.named_modules()
-        if isinstance(m, nn.Linear)
-    )
-    return total + Flops(linear=maps, attention=4.0 * queries * tokens * pool.num_heads * pool.head_dim)
+    queries, seen = pool.latent_len, pool.num_heads * pool.head_dim
+    rows = {name: tokens if name == "kv" else queries for name, m in pool.named_modules() if isinstance(m, nn.Linear) and name != "q"}
+    maps = sum(linear(n, pool.get_submodule(name).in_features, pool.get_submodule(name).out_features) for name, n in rows.items())
+    # Of the scores, only the keys have a gradient: once more in the backward pass, as a linear map.
+    scores = weighted_sum = 2.0 * queries * tokens * seen
+    return total + Flops(linear=maps + scores, attention=weighted_sum, constant=linear(queries, pool.q.in_features, pool.q.out_features))
 
 
-def student_flops(arch: VMoEArch, span: StageSpan, stitches: Sequence[StitchSpec]) -> Flops:
-    """Of a module of the student with its stitch layers."""
-    tokens, width = arch.num_tokens, arch.embed_dim
+def student_flops(arch: VMoEArch, span: StageSpan, stitches: Sequence[StitchSpec], tokens: int) -> Flops:
+    """Of a module of the student with its stitch layers; `tokens` is L of what goes in: the teacher's, or of a first module its own."""
+    width = arch.embed_dim
     total = Flops()
     if span.is_first:
-        total += Flops(patches=linear(tokens - 1, 3 * arch.patch_size**2, width))
+        total += Flops(constant=linear((arch.image_size // arch.patch_size) ** 2, 3 * arch.patch_size**2, width))
     for number in span.blocks:
-        mlp = _experts_flops(arch) if number in arch.moe_blocks else 2 * linear(tokens, width, arch.hidden_dim)
+        mlp = _experts_flops(arch, tokens) if number in arch.moe_blocks else 2 * linear(tokens, width, arch.hidden_dim)
         total += Flops(linear=linear(tokens, width, 4 * width) + mlp, attention=4.0 * tokens**2 * width)
     total += Flops(linear=sum(linear(tokens, stitch.in_dim, stitch.out_dim) for stitch in stitches))
     return total + (Flops(linear=linear(1, width, arch.num_classes)) if span.is_last else Flops())
@@ -121,8 +121,8 @@ def experts_a_token(arch: VMoEArch) -> float:
     return min(router.capacity_factor, arch.num_experts) if router.kind == "expert_choice" else router.top_k
 
 
-def _experts_flops(arch: VMoEArch) -> float:
-    rows = arch.num_tokens * experts_a_token(arch)
+def _experts_flops(arch: VMoEArch, tokens: int) -> float:
+    rows = tokens * experts_a_token(arch)
     up_width = arch.hidden_dim * (2 if arch.activation == "swiglu" else 1)
-    router = linear(arch.num_tokens, arch.embed_dim, arch.num_experts)
+    router = linear(tokens, arch.embed_dim, arch.num_experts)
     return router + linear(rows, arch.embed_dim, up_width) + linear(rows, arch.hidden_dim, arch.embed_dim)

@@ -7,6 +7,7 @@ Computed, not measured: MFU (the share of a GPU's peak that real work reaches) i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 
@@ -14,7 +15,9 @@ from torch import nn
 
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.distill.pairs import stage_spans, stitch_specs, teaching_pairs
-from m2mkd_ds.models.vit import VitArch, VitStage, empty_stage
+from m2mkd_ds.models.spans import StageSpan
+from m2mkd_ds.models.variants import VitArch, meta_device_model
+from m2mkd_ds.models.vit import VitStage
 from m2mkd_ds.models.vmoe import arch_from_config
 from m2mkd_ds.planner.answer_bytes import KINDS, WIRE_BYTES, AnswerBytes, Payload
 from m2mkd_ds.planner.flops import Flops, student_flops, vit_stage_flops, vit_stage_tokens
@@ -178,8 +181,8 @@ def plan_teacher(config: RunConfig, cluster: Cluster) -> TeacherPlan:
     """The plan of phase m2mkd of `config`. Raises ValueError for architectures whose FLOPs are not known."""
     teacher_arch, meta_arch = VitArch.from_teacher(config), VitArch.from_meta(config)
     pairs = teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths)
-    modules = [empty_stage(teacher_arch, pair.teacher) for pair in pairs]
-    stages = [empty_stage(meta_arch, span) for span in stage_spans(config.meta.depths)]
+    modules = _stages(teacher_arch, [pair.teacher for pair in pairs])
+    stages = _stages(meta_arch, stage_spans(config.meta.depths))
     tokens, width = vit_stage_tokens(modules[0]), int(modules[0].embed_dim)
     works = _pair_works(config, modules, stages, tokens, width)
     whole = _all_pairs(works)
@@ -202,21 +205,30 @@ def plan_teacher(config: RunConfig, cluster: Cluster) -> TeacherPlan:
     )  # fmt: skip
 
 
+def _stages(arch: VitArch, spans: Sequence[StageSpan]) -> list[VitStage]:
+    """All stages of a model, without memory for weights; it is built once."""
+    whole = meta_device_model(arch)
+    return [VitStage(whole, span) for span in spans]
+
+
 def _pair_works(config: RunConfig, modules: list[VitStage], stages: list[VitStage], tokens: int, width: int) -> tuple[Work, ...]:
-    meta = [vit_stage_flops(stage, tokens) for stage in stages]
     student_arch = arch_from_config(config)
     works = []
     for pair in teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths):
+        # The first student module makes its tokens itself, and the suffix behind it runs on as many.
+        student_tokens = student_arch.num_tokens if pair.is_first else tokens
         stitches = stitch_specs(pair, teacher_width=width, student_width=student_arch.embed_dim)
-        student = student_flops(student_arch, pair.student, stitches)
-        suffix = sum((meta[i] for i in pair.suffix_stages), Flops())
-        works.append(
-            Work(
-                pairs=(pair.index,), prefix=sum(meta[i].forward for i in pair.prefix_stages),
-                module=vit_stage_flops(modules[pair.index], tokens).forward, suffix=suffix.forward,
-                student=student.forward + student.full_backward, student_suffix=suffix.forward + suffix.input_backward,
-            )
-        )  # fmt: skip
+        student = student_flops(student_arch, pair.student, stitches, student_tokens)
+        behind = sum((vit_stage_flops(stages[i], student_tokens) for i in pair.suffix_stages), Flops())
+        work = Work(
+            pairs=(pair.index,),
+            prefix=sum(vit_stage_flops(stages[i], tokens).forward for i in pair.prefix_stages),
+            module=vit_stage_flops(modules[pair.index], tokens).forward,
+            suffix=sum(vit_stage_flops(stages[i], tokens).forward for i in pair.suffix_stages),
+            student=student.forward + student.full_backward,
+            student_suffix=behind.forward + behind.input_backward,
+        )
+        works.append(work)
     return tuple(works)
 
 
