@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from m2mkd_ds.teacher import codec
 from m2mkd_ds.teacher.answer_check import AnswerShapes, answer_shapes, check_answer, check_specs
 from m2mkd_ds.teacher.buffers import BufferPool
 from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch, LinkError
+from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch, LinkError, Payload
 from tests.teacher.conftest import make_parts
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)
@@ -179,8 +180,8 @@ def test_what_a_real_server_answers_passes(tiny_config: RunConfig, tiny_index: S
     # 16 pixels in patches of 4: 16 patches and a class token
     assert (shapes.tokens, shapes.width, shapes.num_classes, shapes.fast) == (17, 32, 10, decode == "fast")
     producer = Producer(make_parts(config, tiny_index))
-    asked: list[tuple[Any, tuple[int, ...]]] = [(payload, pairs) for payload in ("hidden", "image", "logits") for pairs in ((0, 1, 2), (2,))]
-    for payload, pairs in asked:
+    payloads: tuple[Payload, ...] = ("hidden", "image", "logits")
+    for payload, pairs in product(payloads, ((0, 1, 2), (2,))):
         for start in (20, 36):
             request = replace(REQUEST, start=start, pairs=pairs, payload=payload, wire_dtype="fp32")
             answer = producer.answer(request)
