@@ -37,8 +37,6 @@ log = logging.getLogger("m2mkd_ds")
 
 MAX_LAYOUTS = 4
 """Layouts that are kept ready; each holds up to two epochs' orders."""
-SLACK_S = 60.0
-"""What a micro-batch may take beyond the time that its shards may take."""
 _CLOSE_S = 5.0
 
 
@@ -53,11 +51,13 @@ class Stream:
     index: ShardIndex
     data: DataConfig
     seed: int
+    slack_s: float = 60.0
+    """What a micro-batch may take beyond the time that its shards may take; the start of a process counts, too."""
 
     @property
     def timeout_s(self) -> float:
         """How long one micro-batch may take: reads have a deadline of their own, and come first."""
-        return 2 * self.data.io_deadline_s + SLACK_S
+        return 2 * self.data.io_deadline_s + self.slack_s
 
     def image_bytes(self, count: int) -> int:
         """Bytes of decoded images: uint8 with decode=fast, else fp32."""
