@@ -50,7 +50,7 @@ def test_lists_and_feeds_that_do_not_go_together_are_refused() -> None:
         check_endpoints(())
     with pytest.raises(ValueError, match="a file:PATH stands alone"):
         check_endpoints(("a:1", "file:x"))
-    with pytest.raises(ValueError, match="a:1 is on the network, and teacher.feed=shm needs unix:PATH"):
+    with pytest.raises(ValueError, match="a:1 is a network address, and teacher.feed=shm needs unix:PATH"):
         check_endpoints(("a:1",), feed="shm")
     check_endpoints(("unix:x",), feed="shm")
     with pytest.raises(ValueError, match="'a' is not HOST:PORT"):
