@@ -10,8 +10,9 @@ The reader knows what it asked for and how much it may get: it refuses a head th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -154,9 +155,15 @@ def check_tail(part: bytes, sums: Sequence[int], num_bytes: int) -> None:
 
 def checksum(part: bytes | memoryview) -> int:
     """xxh3-64: about a tenth of the time of CRC-32; it finds damage, and is no signature."""
+    return _xxh3()(part)
+
+
+@cache
+def _xxh3() -> Callable[[bytes | memoryview], int]:
+    """Looked up once: an import statement costs as much as the sum of a small piece."""
     from xxhash import xxh3_64_intdigest
 
-    return int(xxh3_64_intdigest(part))
+    return xxh3_64_intdigest
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
