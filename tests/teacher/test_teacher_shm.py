@@ -22,18 +22,35 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher import shm_frames as frames
 from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.service import TeacherService
+from m2mkd_ds.teacher.produce import Producer
+from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
 from m2mkd_ds.teacher.shm_client import ShmConnection
 from m2mkd_ds.teacher.shm_segment import SegmentView
 from m2mkd_ds.teacher.shm_server import ShmTransport
 from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, LinkError, pack
-from tests.teacher.conftest import tiny_fingerprints
+from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)
 TWO_AT_A_TIME = Limits(max_count=64, max_answer_bytes=2**20, max_in_flight=2, heartbeat_s=1.0)
 ANSWER_BYTES = 4096 + 2**20
 """Of a segment for any answer of the tiny teacher: the header page and one step of 1 MiB."""
 MakeService = Callable[..., TeacherService]
+
+
+@pytest.fixture(scope="module")
+def producer(tiny_config: RunConfig, tiny_index: ShardIndex) -> Iterator[Producer]:
+    """One for all tests: services are cheap, models and workers are not."""
+    producer = Producer(make_parts(tiny_config, tiny_index))
+    yield producer
+    producer.close()
+
+
+@pytest.fixture
+def make_service(producer: Producer, tiny_config: RunConfig, tiny_index: ShardIndex) -> MakeService:
+    def make(limits: Limits = LIMITS) -> TeacherService:
+        return TeacherService(producer, tiny_fingerprints(tiny_config, tiny_index), ServiceOptions(limits=limits, max_bytes=256 * 2**20))
+
+    return make
 
 
 @pytest.fixture

@@ -6,18 +6,38 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from m2mkd_ds.config import RunConfig
+from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.teacher import shm_socket
-from m2mkd_ds.teacher.service import TeacherService
+from m2mkd_ds.teacher.produce import Producer
+from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
 from m2mkd_ds.teacher.shm_client import ShmConnection
 from m2mkd_ds.teacher.shm_server import ShmTransport
-from m2mkd_ds.teacher.wire import LinkError
+from m2mkd_ds.teacher.wire import Limits, LinkError
+from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 MakeService = Callable[..., TeacherService]
+
+
+@pytest.fixture(scope="module")
+def producer(tiny_config: RunConfig, tiny_index: ShardIndex) -> Iterator[Producer]:
+    """One for all tests: services are cheap, models and workers are not."""
+    producer = Producer(make_parts(tiny_config, tiny_index))
+    yield producer
+    producer.close()
+
+
+@pytest.fixture
+def make_service(producer: Producer, tiny_config: RunConfig, tiny_index: ShardIndex) -> MakeService:
+    def make(limits: Limits = LIMITS) -> TeacherService:
+        return TeacherService(producer, tiny_fingerprints(tiny_config, tiny_index), ServiceOptions(limits=limits, max_bytes=256 * 2**20))
+
+    return make
 
 
 def test_a_live_servers_path_is_refused_and_a_dead_ones_taken_over(make_service: MakeService, tmp_path: Path) -> None:
