@@ -155,9 +155,9 @@ class Setting:
         return RemoteFeed(stream, config, assembler, town.connect, golden, fallback, pace=pace)
 
 
-def make_setting(config: RunConfig, index: ShardIndex) -> Setting:
-    """With the undisturbed run of rank 0 made already."""
-    setting = Setting(config, index, Producer(make_parts(config, index)))
+def make_setting(config: RunConfig, index: ShardIndex, *, cache_bytes: int = 2**24) -> Setting:
+    """With the undisturbed run of rank 0 made already. `cache_bytes`: of the servers."""
+    setting = Setting(config, index, Producer(make_parts(config, index), cache_bytes=cache_bytes))
     setting.expected()
     return setting
 
