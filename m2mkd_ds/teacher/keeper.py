@@ -240,6 +240,8 @@ class Keeper:
         instance, sentence = link.contradicted
         if welcome.instance == instance:
             raise refusal(link.endpoint, FeedError("mismatch", sentence))
+        if not self._hello.oldest_protocol <= welcome.protocol <= self._hello.newest_protocol:
+            raise refusal(link.endpoint, FeedError("mismatch", f"protocol: it chose {welcome.protocol}, which this trainer does not speak"))
         for name, ours in self._hello.fingerprints.items():
             if welcome.fingerprints.get(name) != ours:
                 raise refusal(link.endpoint, FeedError("mismatch", f"{name}: the trainer has {ours}, it {welcome.fingerprints.get(name)}"))

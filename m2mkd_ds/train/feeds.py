@@ -93,6 +93,7 @@ def check_feed(teacher: TeacherConfig) -> None:
 
 
 def _remote(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherFeed:
+    from m2mkd_ds.teacher.answer_check import answer_shapes
     from m2mkd_ds.teacher.connect import connect
     from m2mkd_ds.teacher.golden import check_golden
     from m2mkd_ds.teacher.receive import Assembler
@@ -112,9 +113,11 @@ def _remote(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherF
             link, welcome, pairs=plan.pairs, meta=plan.meta, data=data, device=device, dtype=dtype, deadline_s=teacher.deadline_s
         )  # fmt: skip
 
+    shapes = answer_shapes(ctx.config, precision=ctx.precision(plan.phase.precision))
     feed = RemoteFeed(
-        stream, settings, Assembler(data, plan.pairs, plan.meta, device=device, dtype=dtype), lambda endpoint: connect(endpoint, settings),
-        golden, plan.colocated if teacher.on_teacher_loss == "colocate" else None,
+        stream, settings, Assembler(data, plan.pairs, plan.meta, shapes, device=device, dtype=dtype),
+        lambda endpoint: connect(endpoint, settings), golden,
+        plan.colocated if teacher.on_teacher_loss == "colocate" else None,
     )  # fmt: skip
     return LogitsFeed(plan.colocated(start_step, with_teacher=False), feed) if teacher.payload == "logits" else feed
 

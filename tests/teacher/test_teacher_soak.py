@@ -81,7 +81,7 @@ def memory_kb() -> int:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_is_lost_repeated_or_piled_up_by_random_faults(tiny_config: RunConfig, tiny_index: ShardIndex, seed: int) -> None:
-    setting = make_setting(tiny_config, tiny_index)
+    setting = make_setting(tiny_config, tiny_index, cache_bytes=0)
     expected = setting.expected(layout=LAYOUT, total_steps=STEPS)
     town = setting.town(*ENDPOINTS, limits=replace(LIMITS, heartbeat_s=0.05))
     chaos = town.fault = Chaos(town, seed)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -15,6 +16,7 @@ from m2mkd_ds.config import RunConfig, TeacherConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.teacher.answer_check import AnswerShapes, answer_shapes
 from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.connection import LocalConnection
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
@@ -111,6 +113,10 @@ class Setting:
     """Its models are those of the trainer and of the undisturbed run, too: nobody changes them."""
     cache: dict[tuple[BatchLayout, int, int], list[TeacherBatch]] = field(default_factory=dict)
 
+    @cached_property
+    def shapes(self) -> AnswerShapes:
+        return answer_shapes(self.config, precision="fp32")
+
     @property
     def prints(self) -> dict[str, str]:
         return tiny_fingerprints(self.config, self.index)
@@ -145,13 +151,13 @@ class Setting:
             fingerprints=self.prints,
         )  # fmt: skip
         parts = self.producer.parts
-        assembler = Assembler(self.config.data, parts.pairs, parts.meta, device=torch.device("cpu"), dtype=torch.float32)
+        assembler = Assembler(self.config.data, parts.pairs, parts.meta, self.shapes, device=torch.device("cpu"), dtype=torch.float32)
         return RemoteFeed(stream, config, assembler, town.connect, golden, fallback, pace=pace)
 
 
-def make_setting(config: RunConfig, index: ShardIndex) -> Setting:
-    """With the undisturbed run of rank 0 made already."""
-    setting = Setting(config, index, Producer(make_parts(config, index)))
+def make_setting(config: RunConfig, index: ShardIndex, *, cache_bytes: int = 2**24) -> Setting:
+    """With the undisturbed run of rank 0 made already. `cache_bytes`: of the servers."""
+    setting = Setting(config, index, Producer(make_parts(config, index), cache_bytes=cache_bytes))
     setting.expected()
     return setting
 
