@@ -166,10 +166,18 @@ class EvalBatches(Batches):
         self._batch_size, self._rank, self._world = batch_size, rank, world
         self._transform: ImageTransform | FastEval = FastEval(data) if data.decode == "fast" else eval_transform(data)
 
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> WorkerBatch | SampleError:
+        """Batch number `step` of any rank; `micro_step` is 0, there is no accumulation."""
+        try:
+            return self._batch_of(step, rank, None)
+        except SampleError as err:
+            return err
+
     def _batch(self, number: int, place: Place | None) -> WorkerBatch:
-        samples = eval_samples(
-            number, self._rank, batch_size=self._batch_size, world=self._world, num_samples=self._index.num_samples
-        )  # fmt: skip
+        return self._batch_of(number, self._rank, place)
+
+    def _batch_of(self, number: int, rank: int, place: Place | None) -> WorkerBatch:
+        samples = eval_samples(number, rank, batch_size=self._batch_size, world=self._world, num_samples=self._index.num_samples)
         images = self._empty_images(len(samples), place)
         labels, fallbacks = [], 0
         for image, sample in zip(images, samples, strict=True):
