@@ -228,6 +228,8 @@ def test_protocol_skew_is_refused_readably_by_either_side(prints: dict[str, str]
     ) as new:
         link.hello(hello(prints, oldest_protocol=2, newest_protocol=3), 5.0)
     assert new.value.code == "mismatch"
+    with pytest.raises(FeedError, match=told):  # however it came in
+        check_hello(hello(prints, oldest_protocol=2, newest_protocol=3), prints, LIMITS)
     welcome = Welcome(protocol=2, instance="i", plan="p", fingerprints=prints, limits=LIMITS)
     with pytest.raises(FeedError, match="protocol"):
         check_welcome(welcome, prints, decodes=False)
