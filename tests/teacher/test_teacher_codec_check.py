@@ -140,6 +140,7 @@ VALUE_FAULTS: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     "box over the edge": (change_of("image.erase", box(0, 15, 0, 2, 1, 0)), "outside"),
     "negative box": (change_of("image.erase", box(0, 0, 0, -1, -262, 0)), "outside"),
     "box that overflows": (change_of("image.erase", box(0, 2**62, 0, 2**62, 1, 0)), "outside"),
+    "box whose end overflows": (change_of("image.erase", box(0, 2**63 - 1, 0, 16, 16, 0)), "outside"),
     "other area": (change_of("image.erase", box(0, 0, 0, 16, 16, 0)), "covers 256 pixels, the answer says 262"),
 }
 

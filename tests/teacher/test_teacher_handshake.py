@@ -223,11 +223,12 @@ def test_a_wish_beyond_the_limits_is_a_bad_request(changes: dict[str, Any], told
 def test_protocol_skew_is_refused_readably_by_either_side(prints: dict[str, str], make_service: Callable[..., TeacherService]) -> None:
     link = LocalConnection(make_service())
     assert link.hello(hello(prints, newest_protocol=9), 5.0).protocol == 1  # a newer trainer that still speaks ours
-    with pytest.raises(
-        FeedError, match="protocol: the trainer speaks 2 to 3, the server 1 to 1; install a newer m2mkd_ds for the server"
-    ) as new:
+    told = "protocol: the trainer speaks 2 to 3, the server 1 to 1; install a newer m2mkd_ds for the server"
+    with pytest.raises(FeedError, match=told) as new:
         link.hello(hello(prints, oldest_protocol=2, newest_protocol=3), 5.0)
     assert new.value.code == "mismatch"
+    with pytest.raises(FeedError, match=told):  # however it came in
+        check_hello(hello(prints, oldest_protocol=2, newest_protocol=3), prints, LIMITS)
     welcome = Welcome(protocol=2, instance="i", plan="p", fingerprints=prints, limits=LIMITS)
     with pytest.raises(FeedError, match="protocol"):
         check_welcome(welcome, prints, decodes=False)
