@@ -222,7 +222,7 @@ class _Worker:
         """Unless it runs."""
         if self._process is not None:
             return
-        context = worker_context()
+        context: Any = worker_context()  # its base class knows no Process
         self._link, theirs = context.Pipe()
         self._memory = torch.empty(0, dtype=torch.uint8)
         process = context.Process(target=_work, args=(theirs, self._stream), daemon=True, name="m2mkd-decode")
