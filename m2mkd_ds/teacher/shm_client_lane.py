@@ -51,7 +51,7 @@ class ClientLane:
             if ready.segment_bytes > largest_segment(max_bytes):
                 raise LinkError("corrupt", f"a segment of {ready.segment_bytes} bytes, for answers of at most {max_bytes}")
             if fds:
-                self._view = None  # gives the memory of the old one back before there is a new one
+                self._let_go()  # gives the memory of the old one back before there is a new one
                 self._view = SegmentView(fds[0], ready.segment_bytes)
         finally:
             _close_all(fds)
@@ -84,8 +84,13 @@ class ClientLane:
 
     def close(self) -> None:
         """Let go of the socket and the segment."""
-        self._view = None
+        self._let_go()
         self._sock.close()
+
+    def _let_go(self) -> None:
+        view, self._view = self._view, None
+        if view is not None:
+            view.close()
 
     def _exchange(self, kind: bytes, body: bytes, expected: bytes, deadline: float) -> tuple[bytes, list[int]]:
         try:

@@ -100,8 +100,8 @@ def num_fds() -> int:
 
 
 def same(one: Answer, other: Answer) -> bool:
-    equal = all(torch.equal(tensor, other.tensors[name]) and tensor.dtype == other.tensors[name].dtype for name, tensor in one.tensors.items())
-    return one.head == other.head and list(one.tensors) == list(other.tensors) and equal
+    equal = [torch.equal(tensor, other.tensors[name]) and tensor.dtype == other.tensors[name].dtype for name, tensor in one.tensors.items()]
+    return one.head == other.head and list(one.tensors) == list(other.tensors) and all(equal)
 
 
 class RawLane:
@@ -213,7 +213,8 @@ def test_refusals_keep_their_type_and_the_lane(make_service: MakeService, tmp_pa
 def test_all_of_a_refusal_arrives() -> None:
     sent = FeedError("poisoned", "x" * 5000, retry_after_s=0.5, slots=(3, 4), endpoints=("unix:/a", "h:1"))
     told = frames.unpack_error(frames.pack_error(sent))
-    assert (told.code, str(told), told.retry_after_s, told.slots, told.endpoints) == ("poisoned", "x" * 4096, 0.5, (3, 4), ("unix:/a", "h:1"))
+    assert (told.code, str(told), told.retry_after_s) == ("poisoned", "x" * 4096, 0.5)
+    assert (told.slots, told.endpoints) == ((3, 4), ("unix:/a", "h:1"))
 
 
 def test_a_process_of_another_user_is_refused(make_service: MakeService, tmp_path: Path) -> None:

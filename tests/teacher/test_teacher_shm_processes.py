@@ -38,7 +38,8 @@ from m2mkd_ds.teacher.shm_server import ShmTransport
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 config = from_dict(json.loads(sys.argv[1]))
 index = ShardIndex.load(config.data.train)
-service = TeacherService(Producer(make_parts(config, index)), tiny_fingerprints(config, index), ServiceOptions(limits=LIMITS, max_bytes=2**28))
+options = ServiceOptions(limits=LIMITS, max_bytes=2**28)
+service = TeacherService(Producer(make_parts(config, index)), tiny_fingerprints(config, index), options)
 ShmTransport(service, sys.argv[2]).start()
 print("ready", flush=True)
 time.sleep(60)  # the test kills it long before
