@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from m2mkd_ds.teacher import codec
+from m2mkd_ds.teacher.allocator import keep_freed_memory
 from m2mkd_ds.teacher.buffers import BufferPool
 from m2mkd_ds.teacher.flight_faults import feed_or_link_error, seconds_left, unreachable
 from m2mkd_ds.teacher.flight_parts import (
@@ -53,7 +54,7 @@ class FlightConnection:
     """A `Connection` (connection.py) to HOST:PORT."""
 
     def __init__(self, endpoint: str, security: ClientSecurity, pool: BufferPool | None = None) -> None:
-        """Connects nothing yet. `pool` lends the memory of micro-batches; without one, the link has its own.
+        """Connects nothing yet. `pool` lends the memory of micro-batches; without one, the link has its own. Adjusts malloc (allocator.py).
 
         Raises ConfigError for certificates or a token that cannot be used.
         """
@@ -65,6 +66,7 @@ class FlightConnection:
         self._pool = pool or BufferPool(MAX_BUFFERS, MAX_POOL_BYTES)
         self._streams: set[Any] = set()
         self._lock = threading.Lock()
+        keep_freed_memory()
         tls = {"tls_root_certs": keys.authority, "cert_chain": keys.cert or None, "private_key": keys.key or None} if keys.authority else {}
         scheme = "grpc+tls" if keys.authority else "grpc"
         self._client: Any = import_flight().FlightClient(f"{scheme}://{self.endpoint}", generic_options=list(CHANNEL), **tls)
