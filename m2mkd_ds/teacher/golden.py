@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from m2mkd_ds.data_config import DataConfig
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
+from m2mkd_ds.teacher.answer_check import is_finite
 from m2mkd_ds.teacher.connection import Connection
 from m2mkd_ds.teacher.handshake import golden_images
 from m2mkd_ds.teacher.wire import Answer, FeedError, Golden, LinkError, Welcome
@@ -97,7 +98,7 @@ def _check_form(answer: Answer, request: Golden, data: DataConfig) -> None:
         expected = images if name == "hidden.0" else (images[0], data.num_classes) if kind == "logits" else None
         if tensor.dtype != torch.float32 or (expected is not None and tensor.shape != expected):
             raise LinkError("corrupt", f"golden {name} is {tensor.dtype} {list(tensor.shape)}; expected fp32 {expected or ''}")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise FeedError("poisoned", f"golden {name}: the output of pair {pair} is not finite")
 
 

@@ -114,7 +114,7 @@ def test_malformed_questions_are_refused_before_any_work(open_server: FlightTran
     service = open_server._service
     welcome = FlightConnection(open_server.endpoint, ClientSecurity()).hello(hello_of(service), 5.0)
     good = json.loads(pack(request_of(welcome)))
-    service.get = lambda request: pytest.fail("work was begun")  # type: ignore[method-assign, assignment, misc]
+    service.answering = lambda request: pytest.fail("work was begun")  # type: ignore[method-assign, assignment, misc]
     changes: list[dict[str, Any]] = [
         {"start": -1}, {"start": 2**62}, {"start": 1.5}, {"pairs": []}, {"pairs": list(range(300))}, {"pairs": ["x"]}, {"extra": 1},
         {"payload": "pickle"}, {"client": "c" * 300}, {"layout": {"micro_batch_size": 0, "accumulation": 1, "world": 1}},
