@@ -243,17 +243,30 @@ def test_without_any_server_the_run_stops_with_the_cause(setting: Setting, open_
         assert time.monotonic() - started > 0.29
 
 
-def test_patience_begins_when_the_trainer_waits(setting: Setting, open_feed: OpenFeed) -> None:
-    town = setting.town("a:1")
+def test_a_server_that_is_away_while_nobody_waits_is_no_loss(setting: Setting, open_feed: OpenFeed) -> None:
+    """With on_teacher_loss=fail; what was asked ahead when it went is asked for again when it is back."""
+    town, gone = setting.town("a:1"), threading.Event()
+    third = requests()[2].slots.start
+
+    def cut(endpoint: str, request: GetBatch, answer: Callable[[], Answer]) -> Answer:
+        if request.start == third and not gone.is_set():
+            assert gone.wait(5)
+            raise LinkError("closed", "a:1: the connection was closed")
+        return answer()
+
+    town.fault = cut
     feed = open_feed(town, teacher_config(patience_s=0.2, deadline_s=0.1, on_teacher_loss="fail"))
+    wait_until(lambda: town.asked["a:1"] == 3 and feed._prefetcher.num_under_way() == 1)
+    town.kill("a:1")
+    gone.set()
+    wait_until(lambda: "nobody listens" in feed._keeper.describe())
     run = list(zip(requests(), setting.expected(), strict=True))
     assert_same(feed.batch(run[0][0]), run[0][1])
-    time.sleep(0.1)  # what is asked ahead has come
-    town.kill("a:1")
-    time.sleep(0.15)  # an evaluation, say; meanwhile the server is away
+    assert_same(feed.batch(run[1][0]), run[1][1])
+    time.sleep(0.2)  # an evaluation, say
     town.start("a:1")
-    time.sleep(0.15)
-    run_out(feed, setting.expected(), first=1)
+    wait_until(lambda: len(town.greeted) == 2 and town.asked["a:1"] > 3)
+    run_out(feed, setting.expected(), first=2)
 
 
 @pytest.mark.parametrize("stop_after", [0, 5])
@@ -312,6 +325,16 @@ def test_a_server_with_other_data_stops_the_run_before_a_batch(setting: Setting,
     other = Setting(replace(setting.config, seed=8), setting.index, setting.producer)
     feed = open_feed(other.town("a:1"), teacher_config())
     with pytest.raises(TeacherRefusedError, match="a:1 refuses .mismatch.: seed: the trainer has 7, the server has 8"):
+        feed.batch(requests()[0])
+
+
+def test_a_server_that_compares_nothing_is_found_out_by_its_welcome(setting: Setting, open_feed: OpenFeed) -> None:
+    town = setting.town("a:1")
+    service = town.services["a:1"]
+    welcomed = service.hello
+    service.hello = lambda hello: replace(welcomed(hello), fingerprints={**setting.prints, "seed": "8"})  # type: ignore[method-assign]
+    feed = open_feed(town, teacher_config())
+    with pytest.raises(TeacherRefusedError, match="seed: the trainer has 7, it 8"):
         feed.batch(requests()[0])
 
 
