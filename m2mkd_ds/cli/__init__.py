@@ -12,9 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
+
 from m2mkd_ds import __version__
 
-from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, bench  # noqa: F401  # isort: skip  (they register, in this order)
+from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, bench  # noqa: F401  # isort: skip  (they register, in this order)
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
@@ -65,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if arguments[:1] == ["bench"]:
             bench_app.cli(prog="m2mkd bench", description="Measurements against other projects.", args=arguments[1:])
+            return
+        if arguments[:1] == ["few-shot"]:
+            tyro.cli(few_shot.few_shot, prog="m2mkd few-shot", args=arguments[1:])
             return
         app.cli(
             prog="m2mkd",

@@ -20,9 +20,17 @@ shards_app = SubcommandApp()
 bench_app = SubcommandApp()
 """What `m2mkd bench` measures."""
 
+NONE_GIVEN = "(default: none)"
+"""Shown for an empty list, of which the parser would show nothing: `(default: )`."""
+
 Overrides = Annotated[
     tuple[str, ...],
-    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="Override config fields, for example m2mkd.lr=1e-3 student.depths='[2,2]'."),
+    tyro.conf.arg(
+        name="set",
+        metavar="KEY=VALUE",
+        help="Override config fields, for example m2mkd.lr=1e-3 student.depths='[2,2]'.",
+        help_behavior_hint=NONE_GIVEN,
+    ),
 ]
 
 

@@ -25,7 +25,7 @@ def bench(what: tyro.conf.Positional[Literal["experts", "loader"]], /) -> None:
 
 
 @bench_app.command
-def experts(options: tyro.conf.OmitArgPrefixes[ExpertBench]) -> None:
+def experts(bench: tyro.conf.OmitArgPrefixes[ExpertBench]) -> None:
     """Measure expert compute against DeepSpeed's and Tutel's layers and a dense network, in one process and in turn.
 
     A first look, in a minute: m2mkd bench experts --level layer --tokens 394 --dim 384 --hidden 1536 --iters 5
@@ -35,18 +35,18 @@ def experts(options: tyro.conf.OmitArgPrefixes[ExpertBench]) -> None:
     docs/benchmarks.md says how to read the result.
 
     Args:
-        options: Sizes, distributions, peers and how long to measure.
+        bench: Sizes, distributions, peers and how long to measure.
     """
-    options.check()  # before the imports below, which take seconds
+    bench.check()  # before the imports below, which take seconds
     from m2mkd_ds.bench.experts import run_experts
 
-    if options.device == "cpu":
+    if bench.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    in_world(lambda world: run_experts(options, world))
+    in_world(lambda world: run_experts(bench, world))
 
 
 @bench_app.command
-def loader(options: tyro.conf.OmitArgPrefixes[LoaderBench]) -> None:
+def loader(bench: tyro.conf.OmitArgPrefixes[LoaderBench]) -> None:
     """Measure the input pipeline against plain webdataset, timm's reader and the decoder alone, on the same shards and in turn.
 
     A first look, in half a minute: m2mkd bench loader --quick
@@ -54,9 +54,9 @@ def loader(options: tyro.conf.OmitArgPrefixes[LoaderBench]) -> None:
     docs/benchmarks.md says how to read the result.
 
     Args:
-        options: Shards, batch, workers and how often to measure.
+        bench: Shards, batch, workers and how often to measure.
     """
-    options.check()
+    bench.check()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("bench loader measures one process and its workers; start it without the launcher: m2mkd bench loader")
     # Before torch starts its threads: every reader then works with one thread a process, as loader workers do.
@@ -64,4 +64,4 @@ def loader(options: tyro.conf.OmitArgPrefixes[LoaderBench]) -> None:
     from m2mkd_ds.bench.loader import run_loader
 
     setup_logging()
-    out(run_loader(options))
+    out(run_loader(bench))

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Models = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="model", metavar="NAME")]
 
 
-@app.command(name="few-shot")
+# `help` is what `m2mkd --help` lists; `main` sends the verb's own words past it, so that its --help says everything.
+@app.command(name="few-shot", help="Measure how well models learn new classes from a few images of each.")
 def few_shot(
     path: tyro.conf.Positional[Path],
     /,

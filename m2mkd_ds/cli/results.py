@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from m2mkd_ds.cli.app import app, in_world, out
+from m2mkd_ds.cli.app import NONE_GIVEN, app, in_world, out
 from m2mkd_ds.config import ConfigError, RunConfig, load
 from m2mkd_ds.logs import setup_logging
 
@@ -102,11 +102,11 @@ def report(run: tyro.conf.Positional[Path], /) -> None:
 
 @app.command(name="import")
 def import_checkpoint(
-    sources: tyro.conf.Positional[tuple[Path, ...]],
+    sources: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(help_behavior_hint="(required)")],
     /,
     *,
     out_file: Annotated[Path, tyro.conf.arg(name="out")],
-    depths: tuple[int, ...] = (),
+    depths: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint=NONE_GIVEN)] = (),
     stage: int | None = None,
 ) -> None:
     """Convert a checkpoint of the m2mKD authors or of Deep Incubation to canonical safetensors. Runs no code of the file.

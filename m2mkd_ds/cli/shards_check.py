@@ -21,7 +21,7 @@ _MAX_LINES = 20
 
 @shards_app.command
 def index(
-    shards: tyro.conf.Positional[tuple[str, ...]],
+    shards: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help_behavior_hint="(required)")],
     /,
     *,
     out_dir: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
@@ -73,7 +73,13 @@ def _read_names(path: Path) -> tuple[str, ...]:
     from m2mkd_ds.data.errors import ShardError
     from m2mkd_ds.data.shards.interop import class_list
 
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise ShardError(
+            f"--class-names {path}: cannot be read ({err.strerror}); give a JSON list, a JSON object of number and name, or a text file "
+            "with a name a line"
+        ) from None
     if path.suffix == ".json":
         try:
             tree = json.loads(text)

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.ring import Place, ring_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class DeviceWork:
     boxes_G4: Tensor | None = None
     """int64: cutmix boxes."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (DeviceWork, _packed(self))
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerBatch:
@@ -74,10 +80,30 @@ class WorkerBatch:
     fallbacks: int = 0
     lost: SampleError | None = None
     """Then images and labels are zeros."""
+    place: Place | None = None
+    """Where the images are lent memory of a ring; `images` is empty until `fetched`."""
+
+    def left_at(self, place: Place | None) -> WorkerBatch:
+        """To be sent without its images, which lie at a place of the ring; itself where they do not."""
+        return self if place is None else replace(self, images=self.images.new_empty(0), place=place)
+
+    def fetched(self) -> WorkerBatch:
+        """With its images, wherever they lie; in the training process. Good until `give_back`."""
+        return self if self.place is None else replace(self, images=ring_of(self.place).images(self.place, len(self.labels_B)))
+
+    def give_back(self) -> None:
+        """The images have been copied: another batch may overwrite them."""
+        if self.place is not None:
+            ring_of(self.place).give_back(self.place)
 
     def pin_memory(self) -> WorkerBatch:
         """With all tensors in page-locked memory; DataLoader's pinning thread calls this."""
-        return on_tensors(self, lambda tensor: tensor.pin_memory())
+        pinned = on_tensors(self.fetched(), lambda tensor: tensor.pin_memory())
+        self.give_back()
+        return replace(pinned, place=None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (WorkerBatch, _packed(self))
 
 
 _Batch = TypeVar("_Batch", WorkerBatch, DeviceWork)
@@ -93,3 +119,16 @@ def on_tensors(batch: _Batch, change: Callable[[Tensor], Tensor]) -> _Batch:
         elif isinstance(value, DeviceWork):
             changed[field.name] = on_tensors(value, change)
     return replace(batch, **changed)
+
+
+def _packed(batch: WorkerBatch | DeviceWork) -> dict[str, Any]:
+    """Fields to be sent: all tensors but full images as arrays, bytes in the message. A tensor is sent as a file of its own, with a
+    connection made to fetch it, which takes longer than the images of a small batch.
+    """
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    inline = {name: value.numpy() for name, value in values.items() if isinstance(value, Tensor) and not (name == "images" and len(value))}
+    return {**values, **inline}
+
+
+def _unpacked(kind: Callable[..., _Batch], values: dict[str, Any]) -> _Batch:
+    return kind(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in values.items()})

@@ -7,7 +7,6 @@ travel as values: what DataLoader makes of an exception in a worker has lost its
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Sequence
 from itertools import chain, islice
@@ -25,8 +24,10 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.mix import MixDraw, group_draws, soft_targets
 from m2mkd_ds.data.order import Slot, make_order
+from m2mkd_ds.data.pil_transforms import ImageTransform, eval_transform, train_transform
 from m2mkd_ds.data.plan import BatchLayout, eval_samples
-from m2mkd_ds.data.transforms import ImageTransform, Mixer, eval_transform, train_transform
+from m2mkd_ds.data.ring import Place, Ring, Turn, shared_tensor
+from m2mkd_ds.data.transforms import Mixer
 
 MAX_SUBSTITUTES = 50
 """Samples tried in place of a damaged one; so many damaged ones in a row mean that the storage is gone, not an image."""
@@ -40,35 +41,68 @@ class _LostPlaceError(Exception):
         self.error, self.records = error, records
 
 
-class TrainBatches(Dataset["WorkerBatch | SampleError"]):
+class Batches(Dataset["WorkerBatch | SampleError"]):
+    """Micro-batches by number; asked for a `Turn`, with the images at its place of `ring`."""
+
+    ring: Ring | None = None
+    _transform: ImageTransform | FastTrain | FastEval
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def use_ring(self, count: int) -> Ring:
+        """Let images be put where a turn says, from now on: a ring of `count` places. Before the workers start."""
+        self.ring = Ring(count, *_images_like(self._size, self._transform))
+        return self.ring
+
+    def __getitem__(self, turn: int | Turn) -> WorkerBatch | SampleError:
+        number, place = turn if isinstance(turn, Turn) else (turn, None)
+        try:
+            return self._batch(number, place).left_at(place)
+        except SampleError as err:
+            return err
+
+    def _batch(self, number: int, place: Place | None) -> WorkerBatch:
+        raise NotImplementedError
+
+    def _empty_images(self, count: int, place: Place | None) -> Tensor:
+        """The batch to fill; in a worker in shared memory at once, so that it is not copied on its way."""
+        if place is not None:
+            assert self.ring is not None
+            return self.ring.images(place, count)
+        shape, dtype = _images_like(count, self._transform)
+        return torch.empty(shape, dtype=dtype) if get_worker_info() is None else shared_tensor(shape, dtype)
+
+
+class TrainBatches(Batches):
     """Micro-batch number k of a rank: step k // accumulation, micro-step k % accumulation."""
 
     def __init__(self, index: ShardIndex, data: DataConfig, *, seed: int, layout: BatchLayout, rank: int) -> None:
+        super().__init__(layout.micro_batch_size)
         self._index, self._layout, self._rank, self._seed = index, layout, rank, seed
         self._num_classes = data.num_classes
         self._transform: ImageTransform | FastTrain = FastTrain(data) if data.decode == "fast" else train_transform(data)
         self.mixer = Mixer(data.augment, data.num_classes, seed)
         self.order = make_order(data, seed, index.shard_sizes, layout)
 
-    def __getitem__(self, number: int) -> WorkerBatch | SampleError:
-        step, micro_step = divmod(number, self._layout.accumulation)
-        return self.micro_batch(step, micro_step, self._rank)
-
     def micro_batch(self, step: int, micro_step: int, rank: int) -> WorkerBatch | SampleError:
         """The micro-batch of any rank."""
         try:
-            return self._batch(step, micro_step, rank)
+            return self._batch_of(step, micro_step, rank, None)
         except SampleError as err:
             return err
 
-    def _batch(self, step: int, micro_step: int, rank: int) -> WorkerBatch:
+    def _batch(self, number: int, place: Place | None) -> WorkerBatch:
+        return self._batch_of(*divmod(number, self._layout.accumulation), self._rank, place)
+
+    def _batch_of(self, step: int, micro_step: int, rank: int, place: Place | None) -> WorkerBatch:
         positions = self._layout.positions(step, micro_step, rank)
-        images = _empty_images(len(positions), self._transform)
+        images = self._empty_images(len(positions), place)
         filled = []
         with KeyedRandom() as keyed:
-            for place, position in enumerate(positions):
+            for image, position in zip(images, positions, strict=True):
                 try:
-                    filled.append(self._fill(position, images[place], keyed))
+                    filled.append(self._fill(position, image, keyed))
                 except _LostPlaceError as lost:
                     bad = [record for _, _, faults in filled for record in faults]
                     return self._lost_batch(images, (step, micro_step, rank), lost.error, [*bad, *lost.records])
@@ -123,29 +157,24 @@ class TrainBatches(Dataset["WorkerBatch | SampleError"]):
         return label, _transformed(self._transform, data, out, self._index, sample)
 
 
-class EvalBatches(Dataset["WorkerBatch | SampleError"]):
+class EvalBatches(Batches):
     """Evaluation batch number b of a rank; any damaged image is an error."""
 
     def __init__(self, index: ShardIndex, data: DataConfig, *, batch_size: int, rank: int, world: int) -> None:
+        super().__init__(batch_size)
         self._index, self._num_classes = index, data.num_classes
         self._batch_size, self._rank, self._world = batch_size, rank, world
         self._transform: ImageTransform | FastEval = FastEval(data) if data.decode == "fast" else eval_transform(data)
 
-    def __getitem__(self, number: int) -> WorkerBatch | SampleError:
-        try:
-            return self._batch(number)
-        except SampleError as err:
-            return err
-
-    def _batch(self, number: int) -> WorkerBatch:
+    def _batch(self, number: int, place: Place | None) -> WorkerBatch:
         samples = eval_samples(
             number, self._rank, batch_size=self._batch_size, world=self._world, num_samples=self._index.num_samples
         )  # fmt: skip
-        images = _empty_images(len(samples), self._transform)
+        images = self._empty_images(len(samples), place)
         labels, fallbacks = [], 0
-        for place, sample in enumerate(samples):
+        for image, sample in zip(images, samples, strict=True):
             data, label = _read(self._index, sample)
-            drawn = _transformed(self._transform, data, images[place], self._index, sample)
+            drawn = _transformed(self._transform, data, image, self._index, sample)
             labels.append(label)
             fallbacks += drawn is not None and drawn.fallback
         labels_B = torch.tensor(labels)
@@ -156,15 +185,12 @@ class EvalBatches(Dataset["WorkerBatch | SampleError"]):
         )  # fmt: skip
 
 
-def _empty_images(count: int, transform: ImageTransform | FastTrain | FastEval) -> Tensor:
-    """The batch to fill; in a worker in shared memory at once, so that it is not copied on its way."""
+def _images_like(count: int, transform: ImageTransform | FastTrain | FastEval) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a batch of images."""
     size = transform.size
-    is_pil = isinstance(transform, ImageTransform)
-    shape, dtype = ((count, 3, size, size), torch.float32) if is_pil else ((count, size, size, 3), torch.uint8)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+    if isinstance(transform, ImageTransform):
+        return (count, 3, size, size), torch.float32
+    return (count, size, size, 3), torch.uint8
 
 
 def _read(index: ShardIndex, sample: int) -> tuple[bytes, int]:

@@ -27,10 +27,11 @@ class Finisher:
 
     def __call__(self, batch: WorkerBatch, wait_s: float) -> ImageBatch:
         # Copies from pinned memory are queued, not waited for.
-        moved = on_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+        moved = on_tensors(batch.fetched(), lambda tensor: tensor.to(self._device, non_blocking=True))
         images_BCHW, targets_BV = moved.images, moved.targets_BV
         if targets_BV is None:
             images_BCHW, targets_BV = self._finish(moved)
+        batch.give_back()
         return ImageBatch(
             images_BCHW, targets_BV, batch.labels_B, batch.slot_ids_B, batch.step, batch.micro_step, batch.bad, batch.fallbacks, wait_s,
             batch.lost,

@@ -22,8 +22,9 @@ from torch import Tensor
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.loader import decode
-from m2mkd_ds.data.transforms import ImageTransform, KeyedRandom, eval_transform, train_transform
+from m2mkd_ds.data.pil_transforms import ImageTransform, eval_transform, train_transform
 
 QUERIES_PER_SHOT = 3
 _STREAM = 1 << 32

@@ -1,25 +1,25 @@
 """From an index and a plan to batches: `TrainLoader` (endless stream, resumable at any step) and `EvalLoader` (exact cover).
 
 The unit of work of a loader worker is a whole micro-batch, named by its number (data/batches.py). So the order cannot depend on
-the number of workers, resuming is starting to count elsewhere, and no worker has state worth saving. Workers are spawned
-(a forked child of a process that uses threads or CUDA may hang); what is left to do on the device is done here, in the
-training process (data/device_ops.py).
+the number of workers, resuming is starting to count elsewhere, and no worker has state worth saving. How workers start:
+data/worker_start.py; in which memory their images come: data/ring.py. What is left to do on the device is done here, in
+the training process (data/device_ops.py).
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.batch import ImageBatch, WorkerBatch
-from m2mkd_ds.data.batches import EvalBatches, TrainBatches
+from m2mkd_ds.data.batches import Batches, EvalBatches, TrainBatches
 from m2mkd_ds.data.decode import decode
 from m2mkd_ds.data.device_ops import Finisher
 from m2mkd_ds.data.errors import SampleError, ShardError
@@ -28,12 +28,16 @@ from m2mkd_ds.data.plan import BatchLayout, num_eval_batches
 from m2mkd_ds.data.remote.addresses import redact
 from m2mkd_ds.data.remote.files import CachedFiles
 from m2mkd_ds.data.remote.look_ahead import LookAhead as ShardLookAhead
+from m2mkd_ds.data.ring import Turns
 from m2mkd_ds.data.shard_files import Access
+from m2mkd_ds.data.worker_start import start_worker, worker_context
 from m2mkd_ds.data_config import check_mixing
 
 __all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]
 
 CPU = torch.device("cpu")
+PREFETCH = 2
+"""Batches a worker is asked for ahead."""
 
 
 class LookAhead(Protocol):
@@ -44,8 +48,8 @@ class LookAhead(Protocol):
         ...
 
 
-def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
-    """Load and cross-check both folders before compute is spent: (train, validation).
+def check_data(data: DataConfig, *, images: bool = True) -> tuple[ShardIndex, ShardIndex]:
+    """Load and cross-check both folders before compute is spent: (train, validation). `images`: whether the shards must be there, too.
 
     Raises ShardError when a folder is damaged or empty, or when the class counts of folders and config differ.
     """
@@ -54,7 +58,7 @@ def check_data(data: DataConfig) -> tuple[ShardIndex, ShardIndex]:
         folder = getattr(data, name)
         if not folder:
             raise ShardError(f"data.{name} is empty; give the folder of the {name} shards (`m2mkd shards write` makes them)")
-        index = ShardIndex.load(folder, Access.from_config(data))
+        index = (ShardIndex.load if images else ShardIndex.load_unchecked)(folder, Access.from_config(data))
         if index.num_classes != data.num_classes:
             raise ShardError(
                 f"data.num_classes is {data.num_classes}, but data.{name} ({redact(folder)}) has {index.num_classes} classes; "
@@ -115,10 +119,8 @@ class TrainLoader:
         if look_ahead is None and isinstance(index.files, CachedFiles):
             look_ahead = ShardLookAhead(self.order, index.files, index.access.look_ahead, window=data.order_window)
         self._rank, self._look_ahead, self._raise_lost = rank, look_ahead, raise_lost
-        self._received: weakref.WeakSet[_Received] = weakref.WeakSet()
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
-        self._make_loader = partial(_loader, batches, self._numbers, data.num_workers, device)
-        self._loader = self._make_loader()
+        self._workers = _Workers(partial(_loader, batches, self._numbers, data, device))
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
 
     def __len__(self) -> int:
@@ -129,15 +131,11 @@ class TrainLoader:
         # Not a generator itself: workers start when the iterator is made, not when the first batch is asked for.
         if self._numbers:
             self._advance(self._numbers[0])
-        received = _Received(iter(self._loader))
-        self._received.add(received)
-        return self._finished(received)
+        return self._finished(self._workers.start())
 
     def close(self) -> None:
         """End the workers, also of iterators that somebody still holds, and fetch no more shards ahead."""
-        self._loader = self._make_loader()  # the old one holds its workers; this one has none before it is iterated
-        for received in list(self._received):
-            received.close()
+        self._workers.close()
         self.index.files.expect(())
 
     def _finished(self, received: Iterator[tuple[WorkerBatch, float]]) -> Iterator[ImageBatch]:
@@ -173,7 +171,7 @@ class EvalLoader:
         self.index = index
         self._image_size = data.image_size
         self._numbers = range(count)
-        self._loader = _loader(batches, self._numbers, data.num_workers, device)
+        self._workers = _Workers(partial(_loader, batches, self._numbers, data, device))
         self._finish = Finisher(data, device, smoothing=0.0)
 
     def __len__(self) -> int:
@@ -185,8 +183,13 @@ class EvalLoader:
         return torch.zeros(0, 3, self._image_size, self._image_size)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        received = _Received(iter(self._loader))
+        # Not a generator function: workers start when the iterator is made.
+        received = self._workers.start()
         return (self._finish(batch, wait_s) for batch, wait_s in received)
+
+    def close(self) -> None:
+        """End the workers, also of iterators that somebody still holds."""
+        self._workers.close()
 
 
 def _check_rank(rank: int, world: int) -> None:
@@ -199,15 +202,22 @@ def _check_classes(index: ShardIndex, data: DataConfig) -> None:
         raise ValueError(f"data.num_classes is {data.num_classes}, but {index.folder} has {index.num_classes} classes; make them equal")
 
 
-def _loader(batches: Dataset[WorkerBatch | SampleError], numbers: range, num_workers: int, device: torch.device) -> DataLoader[Any]:
+def _loader(batches: Batches, numbers: range, data: DataConfig, device: torch.device) -> DataLoader[Any]:
     """A DataLoader whose items are whole micro-batches, or the error that stopped one."""
+    num_workers = data.num_workers
+    sampler: range | Turns = numbers
+    if num_workers and _is_copied(data, device):
+        # Those that are asked for ahead, and the one that the training process has in hand.
+        sampler = Turns(batches.use_ring(PREFETCH * num_workers + 1), numbers)
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=numbers,
+        sampler=sampler,
         num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
         collate_fn=_as_is,
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context=worker_context() if num_workers else None,
+        worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
         # Copies to a GPU run beside its work only from page-locked memory.
         pin_memory=device.type == "cuda",
@@ -216,9 +226,39 @@ def _loader(batches: Dataset[WorkerBatch | SampleError], numbers: range, num_wor
     )
 
 
+def _is_copied(data: DataConfig, device: torch.device) -> bool:
+    """Whether images have left the workers' memory before anybody else sees them: pinned, or made floats on the host.
+
+    Not with decode=pil on the CPU, where a worker's tensor is what the caller gets and keeps; nor on devices whose queued copies
+    might read it later.
+    """
+    return device.type == "cuda" or (data.decode == "fast" and device.type in ("cpu", "meta"))
+
+
 def _as_is(batch: Any) -> Any:
     """Batches come whole: nothing to collate."""
     return batch
+
+
+class _Workers:
+    """A DataLoader whose processes can be ended while somebody holds an iterator over it."""
+
+    def __init__(self, make_loader: Callable[[], DataLoader[Any]]) -> None:
+        self._make_loader = make_loader
+        self._loader = make_loader()
+        self._received: weakref.WeakSet[_Received] = weakref.WeakSet()
+
+    def start(self) -> _Received:
+        """Start the processes; what they make, in order."""
+        received = _Received(iter(self._loader))
+        self._received.add(received)
+        return received
+
+    def close(self) -> None:
+        """End the processes."""
+        self._loader = self._make_loader()  # the old one holds its workers; this one has none before it is iterated
+        for received in list(self._received):
+            received.close()
 
 
 class _Received(Iterator["tuple[WorkerBatch, float]"]):

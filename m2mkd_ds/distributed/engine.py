@@ -272,11 +272,13 @@ class DeepSpeedEngine:
             parameters[name].data.copy_(value)
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the module and free its buffers; the engine is of no use afterwards."""
+        """Take DeepSpeed's hooks off the module, free its buffers and let go of both; the engine is of no use afterwards."""
         root = self._engine.module
         self._engine.destroy()
         if self.stage == 3:
             forget_module(root)
+        # Whoever still holds this object must hold neither memory nor, through DeepSpeed's engine, the job's process groups.
+        del self.module, self._engine, self._optimizer, self._shards, self._spread, self._frozen, self._ema
 
 
 def _place(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

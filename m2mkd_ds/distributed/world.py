@@ -7,6 +7,7 @@ importing this file costs nothing.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -61,6 +62,7 @@ def init_world(timeout_s: float = 600.0) -> World:
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
+    _import_functional_collectives()
     # Asked for by `--verbose` runs only: DeepSpeed says hundreds of lines at INFO.
     logging.getLogger("DeepSpeed").setLevel(logging.INFO if logger.isEnabledFor(logging.DEBUG) else logging.WARNING)
     # DeepSpeed calls them by the names that torch >= 2.11 knows; some releases between say so at every rank's first call.
@@ -109,6 +111,14 @@ def was_launched(environ: Mapping[str, str]) -> bool:
     return False
 
 
+def _import_functional_collectives() -> None:
+    """Import torch.distributed.nn, which DeepSpeed's engine needs, before there is a process group.
+
+    Its functions take the group that is the default one at the time of the import as their default argument. Imported inside a
+    job, they would keep that job's group alive past `shutdown`, and use it in the next job.
+    """
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -116,12 +126,24 @@ def _free_port() -> int:
 
 
 def shutdown() -> None:
-    """Leave the job. Every rank calls it at the end, so that none is cut off in the middle of a collective."""
+    """Leave the job. Every rank calls it at the end, so that none is cut off in the middle of a collective.
+
+    Close the engines before. A process group ends its threads only when nothing refers to it any more; one that lives until
+    the interpreter ends may hold a tensor in a thread then, whose release asks for an interpreter that is gone and aborts the process.
+    """
     if torch.distributed.is_initialized():
         import deepspeed
 
         torch.distributed.barrier()
         deepspeed.comm.destroy_process_group()  # also forgets the groups that DeepSpeed keeps, so that a job can be joined again
+        _free_cycles()
+
+
+def _free_cycles() -> None:
+    """Free what closed engines were: cycles that hold groups, some of them reachable only through tensors of others."""
+    for _ in range(10):
+        if gc.collect() == 0:
+            return
 
 
 def _require_world() -> None:

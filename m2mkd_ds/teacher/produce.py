@@ -1,4 +1,6 @@
-"""A server's work on one micro-batch: decode and augment, prefix chain, teacher modules, each once for whoever asks.
+"""A server's work on one request: decode and augment, prefix chain, teacher modules, each once for whoever asks, and the answer.
+
+    request -> MicroBatch (micro_batch.py) in a SharedCache (shared_cache.py) -> finite? in range? -> numbers of the wire -> the CPU
 
 Everything is a function of the request, so a cache decides about time only. Shape letters: B images, L tokens, D width, V classes.
 """
@@ -7,21 +9,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from m2mkd_ds.config import DataConfig
+from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.batch import WorkerBatch
-from m2mkd_ds.data.batches import TrainBatches
 from m2mkd_ds.data.device_ops import Finisher
-from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.distill.hybrid import FrozenMeta, freeze, teacher_logits
+from m2mkd_ds.data.remote.files import CachedFiles
+from m2mkd_ds.distill.hybrid import FrozenMeta, freeze
 from m2mkd_ds.distill.pairs import TeachingPair
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, GetBatch, WireDtype
+from m2mkd_ds.teacher.counters import Counters
+from m2mkd_ds.teacher.decode_pool import LayoutBatches, Stream, make_decoder
+from m2mkd_ds.teacher.micro_batch import Machine, MicroBatch, Output
+from m2mkd_ds.teacher.numbers import bytes_of_hidden, largest, to_wire
+from m2mkd_ds.teacher.shards_ahead import ShardsAhead
+from m2mkd_ds.teacher.shared_cache import SharedCache
+from m2mkd_ds.teacher.turns import Turns
+from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch
+
+DEFAULT_CACHE_BYTES = 4 * 2**30
+"""About 30 micro-batches of 128 images in bf16 with the hidden states of one ViT-L stage."""
+MAX_BAD = 128
+"""Damaged samples that one answer can tell of, within MAX_MESSAGE_BYTES."""
+_MAX_TEXT = 100
+"""Characters of each one's message, where they are many."""
 
 
 @dataclass(frozen=True)
@@ -42,62 +59,135 @@ class TeacherParts:
 
 
 class Producer:
-    """Answers requests from `parts`; safe to call from several threads."""
+    """Answers requests from `parts`; safe to call from several threads.
 
-    def __init__(self, parts: TeacherParts) -> None:
-        self.parts = parts
-        self._pairs = {pair.index: pair for pair in parts.pairs}
-        self._teachers = {i: freeze(module) for i, module in parts.teachers.items()}
-        self._finish = Finisher(parts.data, parts.device, smoothing=parts.data.augment.label_smoothing)
-        self._batches: dict[BatchLayout, TrainBatches] = {}
-        self._lock = threading.Lock()
+    `cache_bytes`: of decoded images (CPU), hidden states and logits (device) that are kept for clients who ask for the same; 0: only
+    those who ask at the same time share. Decodes in `data.num_workers` processes. The tensors of an answer may be the cache's: nobody
+    may change them.
+    """
+
+    def __init__(self, parts: TeacherParts, *, cache_bytes: int = DEFAULT_CACHE_BYTES, counters: Counters | None = None) -> None:
+        self.parts, self.counters = parts, counters or Counters()
+        self.turns = Turns()
+        """Of the device, for whoever else computes on it."""
+        self.pairs = {pair.index: pair for pair in parts.pairs}
+        stream = Stream(parts.index, parts.data, parts.seed)
+        self._stream, self._checked, self._checking = stream, LayoutBatches(stream), threading.Lock()
+        self._hidden_shapes = _hidden_shapes(parts)
+        self._cache = SharedCache(cache_bytes, self.counters)
+        self._decoder = make_decoder(
+            stream, pin=parts.device.type == "cuda", replaced=lambda: self.counters.add("replaced_workers")
+        )  # fmt: skip
+        self._machine = Machine(
+            decoder=self._decoder, finish=Finisher(parts.data, parts.device, smoothing=parts.data.augment.label_smoothing), meta=parts.meta,
+            teachers={i: freeze(module) for i, module in parts.teachers.items()}, device=parts.device, dtype=parts.dtype, turns=self.turns,
+            counters=self.counters,
+            shards_ahead=ShardsAhead(stream, parts.index.files) if isinstance(parts.index.files, CachedFiles) else None,
+        )  # fmt: skip
+
+    @property
+    def cache_bytes(self) -> int:
+        """Held now."""
+        return self._cache.num_bytes
 
     def answer(self, request: GetBatch) -> Answer:
-        """The micro-batch of the request. Raises SampleError where augmentation fails, ValueError where no micro-batch begins."""
-        with self._lock:
-            images = self._decode(request)
-            tensors = self._compute(request, images)
+        """The micro-batch of the request.
+
+        Raises FeedError: poisoned where an output is not finite, bad_request where the wire's type cannot hold it, both with slots;
+        internal where nothing can be said. SampleError where augmentation fails, DecodeError, ValueError where no micro-batch begins.
+        """
+        with self.counters.busy(), self._cache.using((request.layout, request.start)) as entry:
+            batch = MicroBatch(self._machine, entry, request.layout, request.start)
+            images, tensors = batch.images(), self._tensors(request, batch)
         head = AnswerHead(
             instance=request.instance, plan=request.plan, start=request.start, pairs=request.pairs, payload=request.payload,
             wire_dtype=request.wire_dtype, with_teacher=request.with_teacher, attempt=request.attempt, step=images.step,
             micro_step=images.micro_step, fallbacks=images.fallbacks, erase_pixels=images.work.erase_pixels if images.work else 0,
-            bad=images.bad, lost="" if images.lost is None else str(images.lost),
+            bad=_told(images.bad), lost="" if images.lost is None else str(images.lost)[:4096],
         )  # fmt: skip
+        self.counters.add("images", request.layout.micro_batch_size)
         return Answer(head, tensors)
 
-    def close(self) -> None:
-        """End workers."""
+    def check_layout(self, layout: BatchLayout) -> None:
+        """Raises ValueError for a layout that this stream cannot have; costs nothing for one that was checked lately."""
+        with self._checking:
+            self._checked.of(layout)
 
-    def _decode(self, request: GetBatch) -> WorkerBatch:
-        parts = self.parts
-        step, micro_step, rank = request.layout.place(request.start)
-        batches = self._batches.get(request.layout)
-        if batches is None:
-            batches = self._batches[request.layout] = TrainBatches(parts.index, parts.data, seed=parts.seed, layout=request.layout, rank=0)
-        batch = batches.micro_batch(step, micro_step, rank)
-        if isinstance(batch, SampleError):
-            raise batch
-        return batch
-
-    def _compute(self, request: GetBatch, images: WorkerBatch) -> dict[str, Tensor]:
-        finished = self._finish(images, 0.0)
-        pairs = [self._pairs[i] for i in request.pairs]
-        hidden = self.parts.meta.hidden_states(finished.images_BCHW.to(self.parts.device, self.parts.dtype), pairs)
-        tensors: dict[str, Tensor] = {}
+    def answer_bytes(self, request: GetBatch) -> int:
+        """Upper bound of the bytes of its tensors, before anything is computed."""
+        count, classes = request.layout.micro_batch_size, self.parts.data.num_classes
+        total = 0
         if request.payload == "hidden":
-            tensors |= {f"hidden.{i}": to_wire(h_BLD, request.wire_dtype) for i, h_BLD in hidden.items() if i > 0}
-            tensors["targets"] = finished.targets_BV.cpu()
-        if request.payload == "image" or (request.payload == "hidden" and 0 in request.pairs):
-            tensors |= image_tensors(images)
+            total += sum(count * bytes_of_hidden(*self._hidden_shapes[i], request.wire_dtype) for i in request.pairs if i > 0)
+            total += 4 * count * classes
+        if _needs_images(request):
+            # Labels; then targets (pil) or, an image each at most, flip, erased box, and half a group's shares and box (fast).
+            total += self.image_bytes(request) + count * (8 + max(4 * classes, 1 + 6 * 8 + 4 * 4 + 4 * 8))
         if request.with_teacher:
-            for pair in pairs:
-                logits_BV = teacher_logits(self.parts.meta, pair, self._teachers[pair.index], hidden[pair.index])
-                tensors[f"logits.{pair.index}"] = logits_BV.cpu().contiguous()
-        return tensors
+            total += 4 * count * classes * len(request.pairs)
+        return total
+
+    def image_bytes(self, request: GetBatch) -> int:
+        """Of the decoded images."""
+        return self._stream.image_bytes(request.layout.micro_batch_size)
+
+    def close(self) -> None:
+        """End the workers; answers under way fail."""
+        self._decoder.close()
+        if self._machine.shards_ahead is not None:
+            self._machine.shards_ahead.close()
+
+    def _tensors(self, request: GetBatch, batch: MicroBatch) -> dict[str, Tensor]:
+        """By the names of `Answer`, on the CPU."""
+        images = batch.images()
+        device: dict[str, Tensor] = {}
+        host: dict[str, Tensor] = {}
+        if request.payload == "hidden":
+            for i in request.pairs:
+                hidden = self._good(batch.hidden(i), f"hidden.{i}", images)
+                if i > 0:
+                    device |= self._cast(request, i, hidden, images)
+            targets_BV = batch.hidden(0).targets_BV
+            assert targets_BV is not None
+            host["targets"] = targets_BV
+        if _needs_images(request):
+            host |= image_tensors(images)
+        if request.with_teacher:
+            device |= {f"logits.{i}": self._good(batch.logits(self.pairs[i]), f"logits.{i}", images).tensor for i in request.pairs}
+        with self.counters.timed("cast_s"), self._machine.on_device():
+            return host | _on_cpu(device)
+
+    def _good(self, output: Output, name: str, images: WorkerBatch) -> Output:
+        """Raises FeedError(poisoned) with the slots of the images that are not finite."""
+        slots = tuple(int(slot) for slot, peak in zip(images.slot_ids_B, output.peaks_B, strict=True) if not isfinite(peak))
+        if not slots:
+            return output
+        self.counters.add("poisoned")
+        raise FeedError(
+            "poisoned",
+            f"{name} of pair {name.partition('.')[2]} is not finite for {len(slots)} of {len(images.slot_ids_B)} images (slots "
+            f"{_some(slots)}): the weights of teacher or meta model are damaged, or {str(self.parts.dtype).removeprefix('torch.')} is too "
+            "narrow for them",
+            slots=slots,
+        )
+
+    def _cast(self, request: GetBatch, pair: int, hidden: Output, images: WorkerBatch) -> dict[str, Tensor]:
+        """Raises FeedError(bad_request) where the type that was asked for cannot hold the numbers: asking again would not help."""
+        top, slot_ids = largest(request.wire_dtype), images.slot_ids_B.tolist()
+        slots = tuple(slot for slot, peak in zip(slot_ids, hidden.peaks_B, strict=True) if peak > top)
+        if slots:
+            raise FeedError(
+                "bad_request",
+                f"wire_dtype {request.wire_dtype} ends at {top:g}, hidden.{pair} of pair {pair} reaches {max(hidden.peaks_B):g} (slots "
+                f"{_some(slots)}); set teacher.wire_dtype to bf16 or fp32",
+                slots=slots,
+            )
+        with self.counters.timed("cast_s"), self._machine.on_device():
+            return {f"hidden.{pair}{suffix}": tensor for suffix, tensor in to_wire(hidden.tensor, request.wire_dtype).items()}
 
 
 def image_tensors(batch: WorkerBatch) -> dict[str, Tensor]:
-    """A worker's batch by the names of `Answer`."""
+    """A worker's batch by the names of `Answer`; pixels stay as they are, float ones too: mixing leaves fp32, and a cast would show."""
     named = {"image.pixels": batch.images, "image.labels": batch.labels_B, "image.targets": batch.targets_BV}
     if batch.work is not None:
         work = batch.work
@@ -105,7 +195,41 @@ def image_tensors(batch: WorkerBatch) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
 
-def to_wire(hidden_BLD: Tensor, wire_dtype: WireDtype) -> Tensor:
-    """The hidden state as it travels, on the CPU."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return hidden_BLD.to("cpu", dtypes[wire_dtype]).contiguous()
+def _needs_images(request: GetBatch) -> bool:
+    return request.payload == "image" or (request.payload == "hidden" and 0 in request.pairs)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, on the CPU; from a GPU through page-locked memory, all copies queued before one wait."""
+    copied = {}
+    for name, tensor in tensors.items():
+        source = tensor.contiguous()
+        if source.device.type == "cuda":
+            target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            copied[name] = target.copy_(source, non_blocking=True)
+        else:
+            copied[name] = source.cpu()
+    if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        # Waits for this thread's stream, not for what other threads have queued elsewhere.
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _hidden_shapes(parts: TeacherParts) -> dict[int, tuple[int, int]]:
+    """(L, D) of h_i by pair i > 0: the chain is walked once with one black image, which also shows early that it fits together."""
+    image_1CHW = torch.zeros(1, 3, parts.data.image_size, parts.data.image_size, device=parts.device, dtype=parts.dtype)
+    hidden = parts.meta.hidden_states(image_1CHW, parts.pairs)
+    return {i: (h_1LD.shape[1], h_1LD.shape[2]) for i, h_1LD in hidden.items() if i > 0}
+
+
+def _told(bad: tuple[BadSample, ...]) -> tuple[BadSample, ...]:
+    """Records as an answer carries them. Raises FeedError(internal) for more than it may: then the storage is gone, not an image."""
+    if len(bad) > MAX_BAD:
+        raise FeedError("internal", f"{len(bad)} samples of one micro-batch could not be read, the first one because: {bad[0].message}")
+    if sum(len(record.message) for record in bad) <= MAX_BAD * _MAX_TEXT:
+        return bad
+    return tuple(replace(record, message=record.message[:_MAX_TEXT]) for record in bad)
+
+
+def _some(slots: tuple[int, ...]) -> str:
+    return ", ".join(map(str, slots[:8])) + (", ..." if len(slots) > 8 else "")

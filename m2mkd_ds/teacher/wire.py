@@ -11,17 +11,20 @@ holds no position of anybody: every GetBatch says all that is needed to answer i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, TypeVar
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.plan import BatchLayout
 
-PROTOCOL_VERSION = 1
+OLDEST_PROTOCOL, PROTOCOL_VERSION = 1, 1
+"""What this installation speaks, both included."""
 MAX_MESSAGE_BYTES = 64 * 1024
 """Largest message, of either side; tensors do not count."""
 CHUNK_BYTES = 2 * 1024 * 1024
@@ -29,6 +32,10 @@ CHUNK_BYTES = 2 * 1024 * 1024
 
 Payload = Literal["hidden", "image", "logits"]
 """hidden: h_i, targets and logits. image: what a loader's worker makes, and logits; the trainer runs the prefix. logits: these alone."""
+MAX_BAD, MAX_BAD_NAME, MAX_BAD_TEXT = 256, 256, 1024
+"""Damaged samples that one answer may tell of, and characters of their names and messages."""
+INT8_GROUP = 128
+"""With wire_dtype=int8, so many neighbouring numbers of a token share a scale."""
 WireDtype = Literal["fp32", "bf16", "fp16", "int8"]
 """Of hidden states and of float images on the way; logits and targets always travel as they are."""
 ErrorCode = Literal["retry_later", "draining", "mismatch", "bad_request", "unauthenticated", "poisoned", "internal"]
@@ -41,7 +48,31 @@ Digest = Annotated[str, Field(max_length=128)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Index = Annotated[int, Field(ge=0, le=1_000_000)]
 Position = Annotated[int, Field(ge=0, lt=2**62)]
-Pairs = Annotated[tuple[Index, ...], Field(min_length=1, max_length=256)]
+
+
+def _distinct(pairs: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(pairs)) != len(pairs):
+        raise ValueError("a pair is named twice")
+    return pairs
+
+
+def _bounded_layout(layout: BatchLayout) -> BatchLayout:
+    if max(layout.micro_batch_size, layout.accumulation, layout.world) > 1_000_000 or abs(layout.origin) >= 2**62:
+        raise ValueError("micro_batch_size, accumulation and world may be 1000000 at most, origin within 2^62")
+    return layout
+
+
+def _bounded_bad(bad: tuple[BadSample, ...]) -> tuple[BadSample, ...]:
+    for sample in bad:
+        if max(len(sample.shard), len(sample.key)) > MAX_BAD_NAME or len(sample.message) > MAX_BAD_TEXT:
+            raise ValueError(f"shard and key may have {MAX_BAD_NAME} characters at most, the message {MAX_BAD_TEXT}")
+        if max(abs(sample.sample), abs(sample.position), abs(sample.substitute)) >= 2**62:
+            raise ValueError("sample, position and substitute must lie within 2^62")
+    return bad
+
+
+Pairs = Annotated[tuple[Index, ...], Field(min_length=1, max_length=256), AfterValidator(_distinct)]
+Layout = Annotated[BatchLayout, AfterValidator(_bounded_layout)]
 
 
 class FeedError(RuntimeError):
@@ -71,7 +102,7 @@ class Hello:
     client: Name
     """Random name of the asking process, for quotas and logs."""
     rank: Index
-    layout: BatchLayout
+    layout: Layout
     pairs: Pairs
     payload: Payload
     wire_dtype: WireDtype
@@ -115,7 +146,7 @@ class GetBatch:
     instance: Digest
     plan: Digest
     client: Name
-    layout: BatchLayout
+    layout: Layout
     start: Position
     """First stream position; the count is the layout's micro-batch."""
     pairs: Pairs
@@ -162,7 +193,7 @@ class AnswerHead:
     micro_step: Index = 0
     fallbacks: Annotated[int, Field(ge=0)] = 0
     erase_pixels: Annotated[int, Field(ge=0, lt=2**40)] = 0
-    bad: Annotated[tuple[BadSample, ...], Field(max_length=256)] = ()
+    bad: Annotated[tuple[BadSample, ...], Field(max_length=MAX_BAD), AfterValidator(_bounded_bad)] = ()
     lost: Annotated[str, Field(max_length=4096)] = ""
     """As `TeacherBatch.lost`: then the tensors are zeros."""
 
@@ -171,17 +202,45 @@ class AnswerHead:
         return all(getattr(self, f.name) == getattr(request, f.name) for f in fields(request) if f.name not in ("client", "layout"))
 
 
+class Event(Protocol):
+    """A point in a device's queue; torch.cuda.Event is one."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has come to it."""
+        ...
+
+
+class Lease(Protocol):
+    """Memory that an answer's tensors lie in, borrowed from a pool (buffers.py)."""
+
+    def end(self, after: Event | None) -> None:
+        """The borrower is done with it, except for what the device does before `after`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Answer:
     """Tensors by name, and what they are the answer to.
 
     hidden.I [B, L, D] and logits.I [B, V] of pair I, targets [B, V] fp32; pair 0's input and payload=image travel as a loader's worker
     made them: image.pixels, image.labels, image.flip, image.erase, image.shares, image.boxes (data/batch.py). With wire_dtype=int8,
-    hidden.I.scale lies beside int8 hidden.I. For Golden also module.I, the output of T_I.
+    hidden.I.scale [B, L, ceil(D / INT8_GROUP)] fp32 lies beside int8 hidden.I. For Golden also module.I, the output of T_I.
     """
 
     head: AnswerHead
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    lease: Lease | None = field(default=None, compare=False, repr=False)
+    """Who lent the tensors' memory; None: it is the tensors' own."""
+
+    def release(self, after: Event | None = None) -> None:
+        """Let go of the tensors: from now on there are none here, and their memory may receive other answers.
+
+        Not before the last other holder of such a tensor has let go of it, too, so this never takes anything away from anybody. With
+        copies to a device that are only queued (non_blocking=True), give an event recorded behind them.
+        """
+        self.tensors.clear()
+        if self.lease is not None:
+            self.lease.end(after)
 
     @property
     def num_bytes(self) -> int:
@@ -210,19 +269,74 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(kind: type[_Message], packed: bytes) -> _Message:
-    """The message in `packed`. Raises FeedError(bad_request) naming what is wrong with it."""
+    """The message in `packed`. Raises FeedError: bad_request naming what is wrong with it, mismatch for a Hello of another protocol."""
     if len(packed) > MAX_MESSAGE_BYTES:
         raise FeedError("bad_request", f"{kind.__name__}: {len(packed)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
+    if kind is Hello:
+        packed = _hello_of_our_time(packed)
     try:
-        message: _Message = _adapter(kind).validate_json(packed)
+        message: _Message = _adapter(kind).validate_json(packed, strict=True)
     except ValidationError as err:
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors(include_input=False, include_url=False)[:4])
-        raise FeedError("bad_request", f"{kind.__name__}: {told}") from None
+        raise FeedError("bad_request", f"{kind.__name__}: {told(err)}") from None
     return message
+
+
+def told(err: ValidationError) -> str:
+    """What is wrong, in at most a few hundred printable characters: the names of fields may be a stranger's."""
+    faults = (f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in err.errors(include_input=False, include_url=False)[:4])
+    return ascii("; ".join(faults))[1:-1][:400]
+
+
+def negotiate(oldest: int, newest: int, *, ours: tuple[int, int] = (OLDEST_PROTOCOL, PROTOCOL_VERSION)) -> int:
+    """The newest protocol that a trainer (`oldest` to `newest`) and a server (`ours`) both speak. Raises FeedError(mismatch)."""
+    if max(oldest, ours[0]) > (both := min(newest, ours[1])):
+        older = "trainer" if newest < ours[0] else "server"
+        raise FeedError(
+            "mismatch",
+            f"protocol: the trainer speaks {oldest} to {newest}, the server {ours[0]} to {ours[1]}; install a newer m2mkd_ds for the "
+            f"{older}, or the same version on both sides",
+        )
+    return both
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """The part of a Hello that every protocol has."""
+
+    oldest_protocol: Count
+    newest_protocol: Count
+
+
+def _hello_of_our_time(packed: bytes) -> bytes:
+    """A Hello without the fields that only newer protocols have. Raises FeedError(mismatch) when it speaks none of ours.
+
+    A newer trainer that still speaks our protocol adds fields that we do not know, and can do without an answer to them.
+    """
+    try:
+        spoken = TypeAdapter(_Range).validate_json(packed, strict=True)
+    except ValidationError:
+        return packed  # not a Hello at all: checked as a whole, which says what is wrong
+    negotiate(spoken.oldest_protocol, spoken.newest_protocol)
+    if spoken.newest_protocol <= PROTOCOL_VERSION:
+        return packed
+    known = {f.name for f in fields(Hello)}
+    return json.dumps({name: value for name, value in json.loads(packed).items() if name in known}).encode()
+
+
+def bounded_bad(bad: Sequence[BadSample]) -> tuple[BadSample, ...]:
+    """`bad` within what an answer may hold: long texts are cut; of more than MAX_BAD samples the last one tells how many are left out."""
+    kept = [_cut(sample) for sample in bad[:MAX_BAD]]
+    if len(bad) > MAX_BAD:
+        left_out = f"and {len(bad) - MAX_BAD} more damaged samples in this micro-batch; "
+        kept[-1] = _cut(replace(kept[-1], message=left_out + kept[-1].message))
+    return tuple(kept)
+
+
+def _cut(sample: BadSample) -> BadSample:
+    return replace(sample, shard=sample.shard[:MAX_BAD_NAME], key=sample.key[:MAX_BAD_NAME], message=sample.message[:MAX_BAD_TEXT])
 
 
 def _adapter(kind: type) -> TypeAdapter[Any]:
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(kind)
     return _ADAPTERS[kind]
-

@@ -34,6 +34,8 @@ class RunContext:
     pairs: tuple[TeachingPair, ...]
     teacher_width: int
     """Width of teacher and meta model: the width that stitch layers translate to and from."""
+    images: bool = True
+    """Whether the shards themselves are here; else the index alone is, and a teacher server has the images."""
 
     @property
     def data_fingerprints(self) -> dict[str, str]:
@@ -53,11 +55,11 @@ class RunContext:
         return module.to(self.world.device, dtype)
 
 
-def open_run(config: RunConfig, world: World) -> RunContext:
+def open_run(config: RunConfig, world: World, *, images: bool = True) -> RunContext:
     """Check data and models against each other and return the context. Raises ConfigError before any compute is spent."""
     if not config.run_dir:
         raise ConfigError("run_dir is empty: give the run folder with --run-dir")
-    train_index, val_index = check_data(config.data)
+    train_index, val_index = check_data(config.data, images=images)
     teacher_arch = VitArch.from_teacher(config)  # refuses depths that are not the model's
     return RunContext(
         config=config,
@@ -70,6 +72,7 @@ def open_run(config: RunConfig, world: World) -> RunContext:
         student_arch=arch_from_config(config),
         pairs=teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths),
         teacher_width=width(teacher_arch),
+        images=images,
     )
 
 

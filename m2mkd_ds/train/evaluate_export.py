@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,5 +38,6 @@ def evaluate_export(folder: Path, validation: str, batch_size: int, world: World
     model.to(world.device).eval()
 
     loader = EvalLoader(index, replace(exported.data, num_workers=0), batch_size=batch_size, rank=world.rank, world=world.size)
-    scores = evaluate(lambda x: x, {"model": scored(model)}, loader, world, num_images=index.num_samples, dtype=torch.float32)
+    with closing(loader):
+        scores = evaluate(lambda x: x, {"model": scored(model)}, loader, world, num_images=index.num_samples, dtype=torch.float32)
     return json.dumps(scores["model"].summary(), indent=2)

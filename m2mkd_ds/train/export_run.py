@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def export_student(ctx: RunContext, out: Path, *, dtype: str) -> Path:
     # With bf16 the rounded weights (routers stay fp32) are compared, so that the check tests the code and not the rounding.
     stored = {n: t.to(torch.bfloat16).float() if dtype == "bf16" and ".router." not in n else t for n, t in weights.items()}
     load_exact(student, stored)
-    images_BCHW = next(iter(EvalLoader(ctx.val_index, ctx.config.data, batch_size=8, rank=0, world=1))).images_BCHW
+    with closing(EvalLoader(ctx.val_index, ctx.config.data, batch_size=8, rank=0, world=1)) as loader:
+        images_BCHW = next(iter(loader)).images_BCHW
     with torch.no_grad():
         logits_BV = student.eval()(images_BCHW).output
     result = check_export(folder, images_BCHW, logits_BV)

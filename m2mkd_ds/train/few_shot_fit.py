@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m2mkd_ds.data.transforms import soft_targets
+from m2mkd_ds.data.mix import soft_targets
 from m2mkd_ds.distill.losses import soft_cross_entropy
 from m2mkd_ds.train.few_shot_config import FitConfig
 from m2mkd_ds.train.optim import param_groups

@@ -23,6 +23,7 @@ from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.bad_samples import FILE_NAME, BadSampleList, lists_of_phase
 from m2mkd_ds.train.balance import Loads, add_loads, balance_routers
 from m2mkd_ds.train.job import Job, Trainee
+from m2mkd_ds.train.ledger import SlotLedger
 from m2mkd_ds.train.resume import resume, save
 from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
 
@@ -82,23 +83,27 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
     eval_every = _steps_between_evaluations(job)
     began = clock = time.monotonic()
     since_log, fed = 0, Fed()
+    ledger = SlotLedger(job.layout, start, job.world)
     with Progress(job.total_steps, job.phase_name, enabled=job.world.rank == 0, start=start) as bar:
         for step in range(start, job.total_steps):
             # A trainee that was trained further elsewhere waits until the others have caught up.
             active = [trainee for trainee in job.trainees if trainee.step == step]
             log = step % job.phase.log_steps == 0 or step + 1 == job.total_steps
-            _train_step(job, feed, active, step, log, bad, fed)
+            _train_step(job, feed, active, step, log, bad, fed, ledger)
             since_log += job.global_batch_size
             if log:
                 now = time.monotonic()
+                of_feed = feed.metrics()
                 for trainee in active:
-                    trainee.pending |= {"data/wait_share": fed.wait_s / (now - clock), "data/fallbacks": fed.fallbacks}
+                    trainee.pending |= {"data/wait_share": fed.wait_s / (now - clock), "data/fallbacks": fed.fallbacks, **of_feed}
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
                     trainee.pending["data/fallbacks"] = round(trainee.pending["data/fallbacks"] * job.world.size)
                     trainee.pending.update(lr=_learning_rate(job, step), images_per_second=since_log / (now - clock), time_s=now - began)
                     trainee.pending["data/bad_samples"] = bad.total
                 clock, since_log, fed = now, 0, Fed()
             done = step + 1
+            if done == job.total_steps or _ends_epoch(job, done):
+                ledger.check(done)
             if done == job.total_steps or (eval_every and done % eval_every == 0):
                 _evaluate(job, active)
                 clock, since_log, fed = time.monotonic(), 0, Fed()  # throughput is that of training alone
@@ -110,7 +115,9 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
             bar.advance(note=_note(active))
 
 
-def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList, fed: Fed) -> None:
+def _train_step(
+    job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList, fed: Fed, ledger: SlotLedger
+) -> None:
     """One optimizer step of every active trainee: accumulate micro-batches, agree that all losses are finite and the data good, step."""
     phase, world, layout = job.phase, job.world, job.layout
     lr = _learning_rate(job, step)
@@ -126,6 +133,7 @@ def _train_step(job: Job, feed: TeacherFeed, active: list[Trainee], step: int, l
         found += batch.bad
         lost = lost or batch.lost
         fed.add(batch)
+        ledger.add(batch.slot_ids_B)
         for trainee in active:
             seed_micro_batch(job.seed, job.phase_name, trainee.pair, slots.start)
             output = trainee.step_fn(batch, log and last)
@@ -203,6 +211,11 @@ def _learning_rate(job: Job, step: int) -> float:
         min_lr=phase.min_lr,
         warmup_lr=phase.warmup_lr,
     )
+
+
+def _ends_epoch(job: Job, done: int) -> bool:
+    """Whether the step before `done` was the last that uses images of some epoch."""
+    return done * job.global_batch_size // job.num_images > (done - 1) * job.global_batch_size // job.num_images
 
 
 def _steps_between_evaluations(job: Job) -> int:

@@ -42,6 +42,9 @@ STEPS_OF_M2MKD = tuple(
 )
 """What length, learning rate and warm-up of the baseline follow from."""
 
+ROUNDING = "teacher.wire_dtype"
+"""Rounds hidden states that come from a teacher server; nothing else about where they are made changes a bit."""
+
 TEACHER_FIELDS = ("teacher.arch", "teacher.arch_args", "teacher.depths", "teacher.source", "teacher.weights")
 
 
@@ -88,7 +91,7 @@ def build_dag(config: RunConfig) -> tuple[Node, ...]:
     return (
         *teacher_nodes,
         Node(
-            "m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd"), launched=True, per_pair=True,
+            "m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd", ROUNDING), launched=True, per_pair=True,
             without=(ASSEMBLY,),
         ),
         Node("assemble", ("m2mkd",), ("student", "teacher.depths"), reads_data=False),
@@ -120,6 +123,8 @@ def relevant_config(config: RunConfig, node: Node) -> dict[str, Any]:
         picked.pop(path)
     for path in _idle(config.data):
         picked.pop(path, None)
+    if not (config.teacher.is_remote and config.teacher.payload == "hidden" and config.teacher.wire_dtype in ("bf16", "fp16", "int8")):
+        picked.pop(ROUNDING, None)
     kept = layout_of_images(config.data.augment)
     return {path: value for path, value in picked.items() if not is_layout(path) or path.endswith(kept)}
 

@@ -16,6 +16,7 @@ from m2mkd_ds.distributed.groups import check_expert_parallel
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.moe.backends import get_backend
 from m2mkd_ds.train.context import RunContext
+from m2mkd_ds.train.feeds import check_feed
 from m2mkd_ds.train.phases.end_to_end import baseline_phase
 from m2mkd_ds.train.phases.jobs import global_batch
 from m2mkd_ds.train.schedule import num_warmup_steps, scaled_lr
@@ -37,6 +38,8 @@ def check_settings(ctx: RunContext, names: Sequence[str], *, ranks_known: bool =
             except ValueError as err:
                 raise ConfigError(f"{name}: {err}") from None
             _check_experts(ctx, name, phase, ranks_known)
+    if "m2mkd" in names:
+        check_feed(ctx.config.teacher)
     if "export" in names:
         _check_export(ctx)
 

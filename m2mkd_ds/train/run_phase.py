@@ -17,6 +17,7 @@ from m2mkd_ds.logs import format_seconds, logger, setup_logging
 from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.evaluate_run import evaluate_run
+from m2mkd_ds.train.feeds import needs_images
 from m2mkd_ds.train.job import Job
 from m2mkd_ds.train.loop import train
 from m2mkd_ds.train.nodes import Node, find_node, fingerprint, is_done
@@ -45,7 +46,7 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
     check_phases(config, names)
     world = init_world()
     setup_logging(world.rank)
-    check_settings(open_run(config, world), names)
+    check_settings(open_run(config, world, images=any(needs_images(config.teacher, name) for name in names)), names)
     for name in names:
         run_in_world(config, world, name, pairs)
     # Not in a `finally`: after an error on one rank the others stand in other collectives, and meeting them would hide the
@@ -63,7 +64,7 @@ def check_phases(config: RunConfig, names: Sequence[str]) -> None:
 
 def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all") -> None:
     """One phase in a job that was joined already; several may follow each other in one process."""
-    ctx = open_run(config, world)
+    ctx = open_run(config, world, images=needs_images(config.teacher, name))
     node = find_node(config, name)
     print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
     started = time.monotonic()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from m2mkd_ds.data.shards import scan_parts
+from m2mkd_ds.data.shards.scan import scan_samples
 from tests.cli.ended import Run
 from tests.data.tar_files import image_members, make_tar
 
@@ -67,6 +71,7 @@ def test_damage_and_wrong_usage_are_told_with_exit_code_2(run: Run) -> None:
         (["index", "none"], "none: 1 of 1 shards are not there"),
         (["index", "data", "--out", "o", "--class-names", "empty.json"], "a class name is empty"),
         (["index", "data", "--out", "o", "--class-names", "wrong.json"], "wrong.json: not JSON"),
+        (["index", "data", "--out", "o", "--class-names", "none.txt"], "--class-names none.txt: cannot be read (No such file"),
         (["verify", "none"], "none/index.json: no such file"),
         (["info", "data", "--sheet", "sheet.jpg"], "end it in .png"),
     ):
@@ -74,3 +79,25 @@ def test_damage_and_wrong_usage_are_told_with_exit_code_2(run: Run) -> None:
         Path("wrong.json").write_text("cat")
         ended = run(*words)
         assert ended.code == 2 and message in ended.err, ended
+
+
+def test_a_file_system_without_its_package_is_told_in_one_sentence_and_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # importing it fails, also where it is installed
+    ended = run("index", "s3://bucket/x-{0..1}.tar", "--out", "made/here")
+    assert ended.code == 2 and len(ended.err.splitlines()) == 1, ended
+    assert "s3:// needs a package that is not there" in ended.err and "pip install 'm2mkd_ds[s3]'" in ended.err
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize(("unreadable", "kept"), [("x-0.tar", []), ("x-1.tar", ["index.parts"])])
+def test_a_failed_index_leaves_no_empty_folder(run: Run, monkeypatch: pytest.MonkeyPatch, unreadable: str, kept: list[str]) -> None:
+    def scan(stream: Any, name: str, **options: Any) -> Any:
+        if name == unreadable:
+            raise OSError("the disk is gone")
+        return scan_samples(stream, name, **options)
+
+    monkeypatch.setattr(scan_parts, "scan_samples", scan)
+    ended = run("index", "data/x-{0..1}.tar", "--out", "made/here", "--workers", "1")
+    assert ended.code == 2 and f"{unreadable}: cannot be read (the disk is gone)" in ended.err, ended
+    # Shards are read in order: with the second unreadable, the first one's result is kept for the next try.
+    assert [path.name for path in Path("made/here").glob("*")] == kept and Path("made").exists() == bool(kept)

@@ -18,7 +18,7 @@ from m2mkd_ds.data.decode import first_rows, jpeg_head, rgb_image, rgb_pixels
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.fast_transforms import FastEval, FastTrain
 from m2mkd_ds.data.keyed_random import KeyedRandom
-from m2mkd_ds.data.transforms import eval_transform, train_transform
+from m2mkd_ds.data.pil_transforms import eval_transform, train_transform
 
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
 """scikit-learn's two photos, 640 x 427."""

@@ -24,9 +24,9 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.loader import EvalLoader, ImageBatch, TrainLoader, check_data, decode
 from m2mkd_ds.data.order import StreamOrder
+from m2mkd_ds.data.pil_transforms import train_transform
 from m2mkd_ds.data.shards.write import write_shards
 from m2mkd_ds.data.sources.registry import encode_png, make_source
-from m2mkd_ds.data.transforms import train_transform
 
 AUGMENT = AugmentConfig(crop_scale=(0.5, 1.0), auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.5, label_smoothing=0.1)
 MIXED = dataclasses.replace(AUGMENT, mixup=0.8, cutmix=1.0)
@@ -207,10 +207,10 @@ class Probe(TrainBatches):
 if __name__ == "__main__":
     import deepspeed  # what the training process has imported must not travel (a stand-in, found beside this file)
     index = ShardIndex.load({str(digits_folder / "train")!r})
-    data = DataConfig(num_classes=10, image_size=16)
+    data = DataConfig(num_classes=10, image_size=16, num_workers=1)
     layout = loader.BatchLayout(micro_batch_size=2, accumulation=1, world=1)
     batches = Probe(index, data, seed=0, layout=layout, rank=0)
-    print(" ".join(next(iter(loader._loader(batches, range(1), 1, loader.CPU)))))
+    print(" ".join(next(iter(loader._loader(batches, range(1), data, loader.CPU)))))
 """)
     (tmp_path / "deepspeed.py").write_text("")
     root = str(Path(__file__).parents[2])
@@ -345,3 +345,14 @@ def test_close_ends_the_workers_although_the_loader_and_its_iterator_are_held(di
     assert torch.equal(again.images_BCHW, first.images_BCHW)
     loader.close()
     assert multiprocessing.active_children() == []
+
+
+def test_close_ends_the_workers_of_an_evaluation(digits_validation: ShardIndex, digits_folder: Path) -> None:
+    loader = EvalLoader(digits_validation, data_config(digits_folder, num_workers=1), batch_size=16, rank=0, world=1)
+    batches = iter(loader)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    assert multiprocessing.active_children() == []
+    with pytest.raises(RuntimeError, match="the loader was closed"):
+        next(batches)

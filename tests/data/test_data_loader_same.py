@@ -22,8 +22,8 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.loader import EvalLoader, ImageBatch, TrainLoader
+from m2mkd_ds.data.pil_transforms import train_transform
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.data.transforms import train_transform
 
 AUGMENT = AugmentConfig(color_jitter=0.2, random_erase=0.5, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 NUM_SAMPLES, DAMAGED = 29, (3, 4, 17)
@@ -206,7 +206,7 @@ class Failing:
 def test_an_error_of_augmentation_stops_at_once_with_sample_and_slot(good: ShardIndex, decode: str, num_workers: int) -> None:
     loader = TrainLoader(good, config(decode, num_workers=num_workers), seed=1, micro_batch_size=2, accumulation=1, rank=0, world=1,
                          start_step=0, total_steps=2)  # fmt: skip
-    transform = loader._loader.dataset._transform  # type: ignore[attr-defined]
+    transform = loader._workers._loader.dataset._transform  # type: ignore[attr-defined]
     transform.parts = replace(transform.parts, ops=(Failing(),))
     first = loader.order.slot(0)
     message = rf"sample {first.sample}: augmentation failed \(ZeroDivisionError: one over none; .*\(stream position 0, Slot\(epoch=0"
@@ -220,7 +220,7 @@ def test_a_killed_worker_is_named_with_what_to_do(good: ShardIndex) -> None:
                          start_step=0, total_steps=100_000)  # fmt: skip
     batches = iter(loader)
     next(batches)
-    (worker,) = loader._loader._iterator._workers  # type: ignore[union-attr]
+    (worker,) = loader._workers._loader._iterator._workers  # type: ignore[union-attr]
     # torch raises from a signal handler: inside the wait for a batch its words are wrapped in ours, elsewhere they come bare.
     with pytest.raises(RuntimeError, match=r"ended by itself .* set data.num_workers lower|DataLoader worker \(pid .*is killed by signal"):
         os.kill(worker.pid, signal.SIGKILL)  # inside the block: the handler may run at once

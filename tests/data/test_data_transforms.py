@@ -18,7 +18,8 @@ from torchvision import transforms as tv
 from m2mkd_ds.config import AugmentConfig, DataConfig
 from m2mkd_ds.data.keyed_random import KeyedRandom
 from m2mkd_ds.data.mix import soft_targets
-from m2mkd_ds.data.transforms import Mixer, Shift, eval_transform, posterize, train_parts, train_transform
+from m2mkd_ds.data.pil_transforms import eval_transform, train_transform
+from m2mkd_ds.data.transforms import Mixer, Shift, posterize, train_parts
 
 DEIT = AugmentConfig(hflip=0.5, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
 PLAIN = AugmentConfig(crop_scale=(0.2, 0.9), color_jitter=0.4, random_erase=1.0)

@@ -7,6 +7,7 @@ python -m deepspeed ... engine_job.py second OUT     a fresh job: resume, and on
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,6 +200,11 @@ def collectives(world: jobs.World) -> dict[str, Any]:
     }
 
 
+def gloo_threads() -> int:
+    """Threads of this process that belong to process groups (Linux keeps the names that torch and gloo give them)."""
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
 def main(part: str, out: Path) -> None:
     world = jobs.init_world(timeout_s=60)
     todo: dict[str, Callable[[], Any]] = {}
@@ -213,7 +219,9 @@ def main(part: str, out: Path) -> None:
     results = {key: run() for key, run in todo.items()}
     if world.is_main:
         torch.save(results, out / f"{part}.pt")
+    working = gloo_threads()
     jobs.shutdown()
+    (out / f"{part}_threads_{world.rank}.json").write_text(json.dumps({"working": working, "left": gloo_threads()}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,16 @@ def test_ema_follows_its_formula(first: dict[str, Any]) -> None:
 
 def test_collectives(first: dict[str, Any]) -> None:
     assert first["collectives"] == {"ranks": [0, 1], "local": (0, 2, 2, "cpu"), "from_1": {"rank": 1}, "sum": 3.0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize("part", ["first", "second"])
+def test_no_process_group_lives_after_the_shutdown(first: dict[str, Any], second: dict[str, Any], out: Path, part: str) -> None:
+    """A thread of one could release a tensor while the interpreter ends, which aborts the rank after its work is done."""
+    for rank in range(job.RANKS):
+        threads = json.loads((out / f"{part}_threads_{rank}.json").read_text())
+        # Two threads that work and one that listens, in each of two groups: the job's, and DeepSpeed's copy of it.
+        assert threads == {"working": 6, "left": 0}
 
 
 def test_deepspeed_is_quiet(first_output: str) -> None:

@@ -24,9 +24,8 @@ from m2mkd_ds.config import AugmentConfig, PhaseConfig, RunConfig
 from m2mkd_ds.data.loader import ImageBatch, TrainLoader
 from m2mkd_ds.distributed.world import World, barrier, init_world
 from m2mkd_ds.recipes import get_recipe
-from m2mkd_ds.train import run_phase
+from m2mkd_ds.train import feeds, run_phase
 from m2mkd_ds.train.bad_samples import BadDataError
-from m2mkd_ds.train.phases import jobs
 from m2mkd_ds.train.pipeline import write_config
 
 PHASE = "pretrain_meta"
@@ -84,7 +83,7 @@ def _content(batch: ImageBatch) -> dict[str, Any]:
 
 def log_as(log: Path, stop_in: int = -1) -> None:
     LoggedLoader.log, LoggedLoader.stop_in = log, stop_in
-    jobs.TrainLoader = LoggedLoader  # type: ignore[misc]
+    feeds.TrainLoader = LoggedLoader  # type: ignore[misc]
 
 
 def run(config: RunConfig, world: World) -> str:

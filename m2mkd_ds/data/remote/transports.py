@@ -223,8 +223,19 @@ def open_transport(address: str, access: Access, client: HttpClient) -> Transpor
         return HttpTransport(address, client)
     if kind == "pipe" or kind in GOPEN_SCHEMES:
         return ProcessTransport(address, access)
+    return _by_fsspec(address)
+
+
+def check_package(address: str) -> None:
+    """Raises ShardError where the file system of the address needs a package that is not there."""
+    if scheme(address) not in ("file", "http", "https", "pipe", *GOPEN_SCHEMES):
+        _by_fsspec(address)
+
+
+def _by_fsspec(address: str) -> Transport:
     from fsspec.registry import known_implementations, registry
 
+    kind = scheme(address)
     if kind not in known_implementations and kind not in registry:
         raise ShardError(
             f"{redact(address)}: unknown scheme {kind!r}; allowed are a path, file://, http(s)://, s3://, gs://, hf://, other file systems "

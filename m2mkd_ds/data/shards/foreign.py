@@ -7,12 +7,13 @@ the arguments nor the number of processes changes the fingerprint.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.shards.interop import INFO_NAMES, ShardsInfo, expected_counts, parse_info, write_interop
 from m2mkd_ds.data.shards.scan import BROKEN_OFF, ShardFault
 from m2mkd_ds.data.shards.scan_parts import ScanJob, ScannedShard, scan_or_recall
-from m2mkd_ds.data.shards.shard_list import OpenShard, ShardList, list_shards, open_shard_stream, opened, refuse_secrets
+from m2mkd_ds.data.shards.shard_list import OpenShard, ShardList, check_packages, list_shards, open_shard_stream, opened, refuse_secrets
 from m2mkd_ds.data.shards.shard_pool import map_shards
 
 logger = logging.getLogger("m2mkd_ds")
@@ -74,6 +75,7 @@ def index_shards(
     without class, and a folder that holds an index of other shards.
     """
     access = access or Access()
+    check_packages(request.shards)
     shards, info, label_field = _choose(request, access, open_shard)
     out = request.out or Path(shards.base)
     if request.out is None and not shards.is_local:
@@ -81,9 +83,9 @@ def index_shards(
     if (out / INDEX_NAME).exists():
         return _keep(out, shards, request, label_field)
     parts = out / PARTS_NAME
-    parts.mkdir(parents=True, exist_ok=True)
     jobs = [ScanJob(shards.address(name), name, label_field, parts, access, open_shard) for name in shards.names]
-    found = map_shards(scan_or_recall, jobs, workers=workers, what=f"index {out.name}", num_bytes=lambda part: part.bytes_read)
+    with _kept_folder(parts):
+        found = map_shards(scan_or_recall, jobs, workers=workers, what=f"index {out.name}", num_bytes=lambda part: part.bytes_read)
     if limit := len(request.class_names) or request.num_classes or (len(info.class_names) if info is not None else 0):
         found = [_without_high_labels(part, limit) for part in found]
     num_bad = _check_counts(found, info, shards)
@@ -107,6 +109,20 @@ def index_shards(
     _report_repeated_keys(table)
     logger.info("%s: %d samples of %d classes in %d shards, %d left out", out, len(table), len(class_names), len(found), num_bad)
     return ShardIndex.load_unchecked(out, access)
+
+
+@contextlib.contextmanager
+def _kept_folder(folder: Path) -> Iterator[None]:
+    """Make the folder for what is inside; after an error, those folders that this made and that hold nothing are removed."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty: finished shards are kept there
+                path.rmdir()
+        raise
 
 
 def _choose(request: IndexRequest, access: Access, open_shard: OpenShard) -> tuple[ShardList, ShardsInfo | None, str]:

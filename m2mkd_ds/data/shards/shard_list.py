@@ -73,6 +73,14 @@ def list_shards(patterns: Sequence[str]) -> ShardList:
     return ShardList(base, tuple(sorted(address.removeprefix(base) for address in found)))
 
 
+def check_packages(patterns: Sequence[str]) -> None:
+    """Raises ShardError where an address needs a package that is not there, before any of its files is looked for."""
+    for pattern in filter(is_remote, patterns):
+        from m2mkd_ds.data.remote.transports import check_package
+
+        check_package(pattern)
+
+
 def _common_folder(folders: set[str]) -> str:
     """The longest address, cut at a /, that all begin with; with its / at the end."""
     parts = [folder.split("/") for folder in sorted(folders)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 
 from m2mkd_ds.checkpoint.mapping import load_exact
-from m2mkd_ds.config import DistillConfig, PhaseConfig
-from m2mkd_ds.data.loader import EvalLoader, TrainLoader
+from m2mkd_ds.config import DistillConfig, PhaseConfig, TeacherConfig
+from m2mkd_ds.data.loader import EvalLoader
 from m2mkd_ds.data.order import order_name
 from m2mkd_ds.data.plan import BatchLayout, StreamState
 from m2mkd_ds.distill.hybrid import FrozenMeta
@@ -20,11 +21,11 @@ from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine, Engine
 from m2mkd_ds.distributed.expert_parallel import has_experts, shard_experts_
-from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.feed import TeacherBatch
 from m2mkd_ds.train.bad_samples import resolve_cap
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.evaluate import Output, Score, evaluate
+from m2mkd_ds.train.feeds import FeedPlan, make_feed
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.optim import build_adamw
@@ -55,36 +56,6 @@ def make_trainee(
     )  # fmt: skip
 
 
-def feed_factory(
-    ctx: RunContext,
-    phase: PhaseConfig,
-    *,
-    total_steps: int,
-    pairs: tuple[TeachingPair, ...],
-    meta: FrozenMeta,
-    teachers: Mapping[int, nn.Module],
-) -> Callable[[int], ColocatedFeed]:
-    """start step -> colocated feed that decodes once and runs prefix and teachers for `pairs`."""
-
-    def make(start_step: int) -> ColocatedFeed:
-        loader = TrainLoader(
-            ctx.train_index,
-            ctx.config.data,
-            seed=ctx.config.seed,
-            micro_batch_size=phase.micro_batch_size,
-            accumulation=phase.gradient_accumulation_steps,
-            rank=ctx.world.rank,
-            world=ctx.world.size,
-            start_step=start_step,
-            total_steps=total_steps,
-            device=ctx.world.device,
-            raise_lost=False,  # the loop stops every rank at the same step
-        )
-        return ColocatedFeed(loader, pairs, meta, teachers, device=ctx.world.device, dtype=ctx.dtype(phase.precision))
-
-    return make
-
-
 def run_evaluation(
     ctx: RunContext,
     prepare: Callable[[torch.Tensor], Any],
@@ -95,7 +66,8 @@ def run_evaluation(
 ) -> dict[str, Score]:
     """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
     loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size, device=ctx.world.device)
-    return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
+    with closing(loader):
+        return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
 
 
 def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
@@ -153,7 +125,7 @@ def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.M
         total_steps=steps,
         num_images=ctx.train_index.num_samples,
         trainees=[trainee],
-        make_feed=feed_factory(ctx, phase, total_steps=steps, pairs=first, meta=FrozenMeta({}), teachers={}),
+        make_feed=FeedPlan(ctx, phase, steps, first, FrozenMeta({}), dict, with_teacher=False).colocated,
         evaluate=lambda trainees: evaluate_trainees(
             ctx, trainees, lambda images: images, lambda _, m, x: scored(m)(x), ctx.dtype(phase.precision)
         ),
@@ -172,10 +144,10 @@ def pair_job(
     modules: Mapping[int, nn.Module],
     meta: FrozenMeta,
     *,
-    teachers: Mapping[int, nn.Module],
+    load_teachers: Callable[[], Mapping[int, nn.Module]],
     loss: DistillConfig,
 ) -> Job:
-    """A phase that trains one module a pair between frozen meta stages; `teachers` may be empty when kd_weight is 0."""
+    """A phase that trains one module a pair between frozen meta stages; without a teacher when kd_weight is 0."""
     node = find_node(ctx.config, name)
     print_ = fingerprint(ctx.config, node, ctx.root, ctx.data_fingerprints)
     pairs = {index: ctx.pairs[index] for index in modules}
@@ -194,21 +166,25 @@ def pair_job(
         output, _, stats = unpack(module(hidden[trainee.pair]))
         return meta.suffix(pairs[trainee.pair], output), stats
 
-    steps, chosen = phase_steps(ctx, phase), tuple(pairs.values())
+    with_teacher = loss.kd_weight > 0
+    plan = FeedPlan(
+        ctx, phase, phase_steps(ctx, phase), tuple(pairs.values()), meta, load_teachers if with_teacher else dict, with_teacher
+    )  # fmt: skip
+    teacher = ctx.config.teacher if name == "m2mkd" else TeacherConfig()
     return Job(
         phase_name=name,
         phase=phase,
         world=ctx.world,
         seed=ctx.config.seed,
-        total_steps=steps,
+        total_steps=plan.total_steps,
         num_images=ctx.train_index.num_samples,
         trainees=trainees,
-        make_feed=feed_factory(ctx, phase, total_steps=steps, pairs=chosen, meta=meta, teachers=teachers),
+        make_feed=lambda start: make_feed(plan, teacher, start),
         evaluate=lambda active: evaluate_trainees(
             ctx, active, lambda images: meta.hidden_states(images, [pairs[t.pair] for t in active]), logits_of,
             ctx.dtype(phase.precision),
         ),
-        with_teacher=loss.kd_weight > 0,
+        with_teacher=with_teacher,
         # Jobs of single pairs may run side by side: each has a list of its own then.
         folder=ctx.root / name if len(pairs) == len(ctx.pairs) else trainees[0].folder,
         stream=stream_start(ctx, phase),

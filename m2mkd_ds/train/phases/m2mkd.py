@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import stitch_specs
 from m2mkd_ds.models.vmoe import VisionMoE
@@ -16,9 +18,12 @@ def m2mkd(ctx: RunContext, chosen: tuple[int, ...]) -> Job:
     dtype = ctx.dtype(phase.precision)
     pairs = tuple(ctx.pairs[i] for i in chosen)
     meta = load_meta(ctx, FrozenMeta.needed_stages(pairs), dtype)
-    teachers = {p.index: load_teacher_module(ctx, p.index, dtype) for p in pairs} if config.distill.kd_weight > 0 else {}
     students = {}
     for pair in pairs:
         stitches = stitch_specs(pair, teacher_width=ctx.teacher_width, student_width=ctx.student_arch.embed_dim)
         students[pair.index] = VisionMoE(ctx.student_arch, pair.student, stitches=stitches, drop_path=phase.drop_path, seed=config.seed)
-    return pair_job(ctx, "m2mkd", phase, students, meta, teachers=teachers, loss=config.distill)
+
+    def load_teachers() -> dict[int, nn.Module]:
+        return {pair.index: load_teacher_module(ctx, pair.index, dtype) for pair in pairs}
+
+    return pair_job(ctx, "m2mkd", phase, students, meta, load_teachers=load_teachers, loss=config.distill)

@@ -59,7 +59,7 @@ def modular_train(ctx: RunContext, chosen: tuple[int, ...]) -> Job:
     # A block's fresh weights depend on seed and number only; another seed keeps T_i from starting as a copy of M's blocks.
     seed = ctx.config.seed + TEACHER_SEED_OFFSET
     modules = {p.index: build_stage(ctx.teacher_arch, p.teacher, seed=seed, drop_path=phase.drop_path) for p in pairs}
-    return pair_job(ctx, "modular_train", phase, modules, meta, teachers={}, loss=LABELS_ONLY)
+    return pair_job(ctx, "modular_train", phase, modules, meta, load_teachers=dict, loss=LABELS_ONLY)
 
 
 def assemble_finetune(ctx: RunContext) -> Job:
