@@ -106,6 +106,7 @@ def export_logits(
         version=FORMAT_VERSION, fingerprints=dict(prints), layout=layout, pairs=pairs, dtype=dtype, classes=producer.parts.data.num_classes,
         start=positions.start,
     )  # fmt: skip
+    _check_pairs(producer, pairs)
     _check_positions(layout, positions, part_rows)
     (out / PARTS).mkdir(parents=True, exist_ok=True)
     with _only_writer(out):
@@ -126,6 +127,12 @@ def export_logits(
         write_record(out / MANIFEST, manifest)
     logger.info("%s: logits of positions %d to %d are complete", out, manifest.positions.start, manifest.positions.stop - 1)
     return manifest
+
+
+def _check_pairs(producer: LogitsProducer, pairs: tuple[int, ...]) -> None:
+    known = {pair.index for pair in producer.parts.pairs}
+    if not pairs or list(pairs) != sorted(set(pairs)) or not set(pairs) <= known:
+        raise StoreError(f"pairs {list(pairs)}: give some of {sorted(known)}, each once, in ascending order")
 
 
 def _check_positions(layout: BatchLayout, positions: range, part_rows: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from m2mkd_ds.config import AugmentConfig
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.logs import logger
+from m2mkd_ds.teacher.export import positions_of_steps
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.teacher.logit_files import DTYPES, StoreError, check_prints, check_sums, covering, read_manifest, read_rows
 from m2mkd_ds.teacher.logits_source import with_logits
@@ -42,11 +43,12 @@ class LogitsStore:
         self._lock = threading.Lock()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
-    def check_run(self, layout: BatchLayout, augment: AugmentConfig, pairs: Sequence[int], total_steps: int) -> None:
-        """Refuse, before anything is trained, a run that these logits do not fit or do not suffice for. Raises StoreError."""
+    def check_run(self, layout: BatchLayout, augment: AugmentConfig, pairs: Sequence[int], steps: range) -> None:
+        """Refuse, before anything is trained, optimizer steps that these logits do not fit or do not suffice for. Raises StoreError."""
         self.check_pairs(pairs)
         note = self.check_layout(layout, augment)
-        self.check_covers(layout.origin + total_steps * layout.global_batch, first=layout.origin, global_batch=layout.global_batch)
+        positions = positions_of_steps(layout, steps)
+        self.check_covers(positions.stop, first=positions.start, global_batch=layout.global_batch)
         if note:
             logger.info("%s", note)
 
