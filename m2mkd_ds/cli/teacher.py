@@ -10,6 +10,7 @@ import tyro
 from m2mkd_ds.cli.app import Overrides, app, out
 from m2mkd_ds.cli.resolve import resolve
 from m2mkd_ds.logs import setup_logging
+from m2mkd_ds.planner.cluster import Cluster
 from m2mkd_ds.teacher.server_options import ServerOptions
 
 
@@ -22,6 +23,7 @@ def teacher_server(
     pair: str = "all",
     plan: bool = False,
     server: tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[ServerOptions]],
+    cluster: tyro.conf.OmitArgPrefixes[Cluster],
     set: Overrides = (),
 ) -> None:
     """Serve hidden states and teacher logits to trainers on this host or elsewhere, until SIGTERM.
@@ -45,13 +47,15 @@ def teacher_server(
         pair: Teaching pairs to serve: `all`, or numbers such as 0,2.
         plan: Print what the teacher side costs (operations, bytes a second, servers for each student GPU) and stop.
         server: Addresses, security and bounds.
+        cluster: What --plan reckons with.
         set: Override config fields; data.num_workers says how many processes decode.
     """
     resolved = resolve(config, recipe, run_dir, set)
     if plan:
-        from m2mkd_ds.planner.teacher import Cluster, format_plan, plan_teacher
+        from m2mkd_ds.planner.teacher import plan_teacher
+        from m2mkd_ds.planner.teacher_text import format_plan
 
-        out(format_plan(plan_teacher(resolved, Cluster())))
+        out(format_plan(plan_teacher(resolved, cluster)))
         return
     server.check()
     from m2mkd_ds.train.teacher_serve import serve

@@ -130,15 +130,17 @@ def _rules(request: GetBatch, shapes: AnswerShapes) -> dict[str, _Rule]:
             groups = -(-shapes.width // INT8_GROUP)
             rules |= {f"hidden.{i}.scale": _Rule(("fp32",), (count, shapes.tokens, groups)) for i in later}
         rules["targets"] = _Rule(("fp32",), (count, classes))
+    if request.payload == "evaluation":  # the last batch may be short
+        rules |= _image_rules(request, shapes, count=-1)
     if request.payload == "image" or (request.payload == "hidden" and 0 in request.pairs):
-        rules |= _image_rules(request, shapes)
+        rules |= _image_rules(request, shapes, count=count)
     if request.with_teacher:
         rules |= {f"logits.{i}": _Rule((shapes.logits_dtype,), (count, classes)) for i in request.pairs}
     return rules
 
 
-def _image_rules(request: GetBatch, shapes: AnswerShapes) -> dict[str, _Rule]:
-    count, side = request.layout.micro_batch_size, shapes.image_size
+def _image_rules(request: GetBatch, shapes: AnswerShapes, *, count: int) -> dict[str, _Rule]:
+    side = shapes.image_size
     labels = _Rule(("int64",), (count,))
     if not shapes.fast:
         floats = ("fp32",) if request.wire_dtype == "int8" else tuple(dict.fromkeys(("fp32", request.wire_dtype)))

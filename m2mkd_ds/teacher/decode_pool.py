@@ -27,7 +27,7 @@ from torch import Tensor
 
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.batch import WorkerBatch
-from m2mkd_ds.data.batches import TrainBatches
+from m2mkd_ds.data.batches import EvalBatches, TrainBatches
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
@@ -55,6 +55,8 @@ class Stream:
     seed: int
     slack_s: float = 60.0
     """What a micro-batch may take beyond the time that its shards may take; the start of a process counts, too."""
+    evaluation: bool = False
+    """Validation images in the batches of an evaluation, instead of augmented ones in those of training."""
 
     @property
     def timeout_s(self) -> float:
@@ -86,24 +88,29 @@ def make_decoder(stream: Stream, *, pin: bool = False, replaced: Callable[[], No
 
 
 class LayoutBatches:
-    """TrainBatches of the layouts that were used last. Not thread-safe."""
+    """Batches of the layouts that were used last. Not thread-safe."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._made: OrderedDict[BatchLayout, TrainBatches] = OrderedDict()
+        self._made: OrderedDict[BatchLayout, TrainBatches | EvalBatches] = OrderedDict()
 
-    def of(self, layout: BatchLayout) -> TrainBatches:
+    def of(self, layout: BatchLayout) -> TrainBatches | EvalBatches:
         """Raises ValueError for a layout that this stream cannot have."""
         batches = self._made.get(layout)
         if batches is None:
-            stream = self._stream
-            batches = TrainBatches(stream.index, stream.data, seed=stream.seed, layout=layout, rank=0)
-            batches.mixer.check(layout.micro_batch_size)
-            check_mixing(stream.data.augment, layout.micro_batch_size, layout.world)
-            self._made[layout] = batches
+            batches = self._made[layout] = self._make(layout)
             if len(self._made) > MAX_LAYOUTS:
                 self._made.popitem(last=False)
         self._made.move_to_end(layout)
+        return batches
+
+    def _make(self, layout: BatchLayout) -> TrainBatches | EvalBatches:
+        stream = self._stream
+        if stream.evaluation:
+            return EvalBatches(stream.index, stream.data, batch_size=layout.micro_batch_size, rank=0, world=layout.world)
+        batches = TrainBatches(stream.index, stream.data, seed=stream.seed, layout=layout, rank=0)
+        batches.mixer.check(layout.micro_batch_size)
+        check_mixing(stream.data.augment, layout.micro_batch_size, layout.world)
         return batches
 
 

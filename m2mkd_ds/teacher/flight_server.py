@@ -128,7 +128,8 @@ class FlightTransport:
                 with self._answer(ticket) as answer:
                     frame = codec.encode(answer, PIECE_BYTES)
                     call.moved, call.sending = time.monotonic(), True
-                    for part in (frame.head, *frame.pieces):
+                    parts: list[bytes | memoryview] = [frame.head, *frame.pieces]
+                    for part in parts:
                         yield to_batch(part)
                         call.moved = time.monotonic()
                         if self._hard.is_set():

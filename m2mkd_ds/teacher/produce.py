@@ -26,12 +26,13 @@ from m2mkd_ds.distill.hybrid import FrozenMeta, freeze
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.counters import Counters
 from m2mkd_ds.teacher.decode_pool import LayoutBatches, Stream, make_decoder
+from m2mkd_ds.teacher.evaluation_images import EvaluationImages
 from m2mkd_ds.teacher.micro_batch import Machine, MicroBatch, Output
 from m2mkd_ds.teacher.numbers import bytes_of_hidden, largest, to_wire
 from m2mkd_ds.teacher.shards_ahead import ShardsAhead
 from m2mkd_ds.teacher.shared_cache import SharedCache
 from m2mkd_ds.teacher.turns import Turns
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch
+from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch, Payload
 
 DEFAULT_CACHE_BYTES = 4 * 2**30
 """About 30 micro-batches of 128 images in bf16 with the hidden states of one ViT-L stage."""
@@ -56,6 +57,8 @@ class TeacherParts:
     device: torch.device
     dtype: torch.dtype
     """What the models compute in."""
+    validation: ShardIndex | None = None
+    """Shards of the validation images, for trainers that have none."""
 
 
 class Producer:
@@ -75,6 +78,7 @@ class Producer:
         self._stream, self._checked, self._checking = stream, LayoutBatches(stream), threading.Lock()
         self._hidden_shapes = _hidden_shapes(parts)
         self._cache = SharedCache(cache_bytes, self.counters)
+        self._evaluation = EvaluationImages(None if parts.validation is None else replace(stream, index=parts.validation))
         self._decoder = make_decoder(
             stream, pin=parts.device.type == "cuda", replaced=lambda: self.counters.add("replaced_workers")
         )  # fmt: skip
@@ -96,20 +100,19 @@ class Producer:
         Raises FeedError: poisoned where an output is not finite, bad_request where the wire's type cannot hold it, both with slots;
         internal where nothing can be said. SampleError where augmentation fails, DecodeError, ValueError where no micro-batch begins.
         """
+        if request.payload == "evaluation":
+            images = self._evaluation.batch(request)
+            return Answer(_head(request, images), image_tensors(images))
         with self.counters.busy(), self._cache.using((request.layout, request.start)) as entry:
             batch = MicroBatch(self._machine, entry, request.layout, request.start)
             images, tensors = batch.images(), self._tensors(request, batch)
-        head = AnswerHead(
-            instance=request.instance, plan=request.plan, start=request.start, pairs=request.pairs, payload=request.payload,
-            wire_dtype=request.wire_dtype, with_teacher=request.with_teacher, attempt=request.attempt, step=images.step,
-            micro_step=images.micro_step, fallbacks=images.fallbacks, erase_pixels=images.work.erase_pixels if images.work else 0,
-            bad=_told(images.bad), lost="" if images.lost is None else str(images.lost)[:4096],
-        )  # fmt: skip
         self.counters.add("images", request.layout.micro_batch_size)
-        return Answer(head, tensors)
+        return Answer(_head(request, images), tensors)
 
-    def check_layout(self, layout: BatchLayout) -> None:
+    def check_layout(self, layout: BatchLayout, payload: Payload) -> None:
         """Raises ValueError for a layout that this stream cannot have; costs nothing for one that was checked lately."""
+        if payload == "evaluation":  # any is possible: nothing is mixed, nothing repeated
+            return
         with self._checking:
             self._checked.of(layout)
 
@@ -133,6 +136,7 @@ class Producer:
 
     def close(self) -> None:
         """End the workers; answers under way fail."""
+        self._evaluation.close()
         self._decoder.close()
         if self._machine.shards_ahead is not None:
             self._machine.shards_ahead.close()
@@ -186,6 +190,15 @@ class Producer:
             return {f"hidden.{pair}{suffix}": tensor for suffix, tensor in to_wire(hidden.tensor, request.wire_dtype).items()}
 
 
+def _head(request: GetBatch, images: WorkerBatch) -> AnswerHead:
+    return AnswerHead(
+        instance=request.instance, plan=request.plan, start=request.start, pairs=request.pairs, payload=request.payload,
+        wire_dtype=request.wire_dtype, with_teacher=request.with_teacher, attempt=request.attempt, step=images.step,
+        micro_step=images.micro_step, fallbacks=images.fallbacks, erase_pixels=images.work.erase_pixels if images.work else 0,
+        bad=_told(images.bad), lost="" if images.lost is None else str(images.lost)[:4096],
+    )  # fmt: skip
+
+
 def image_tensors(batch: WorkerBatch) -> dict[str, Tensor]:
     """A worker's batch by the names of `Answer`; pixels stay as they are, float ones too: mixing leaves fp32, and a cast would show."""
     named = {"image.pixels": batch.images, "image.labels": batch.labels_B, "image.targets": batch.targets_BV}
@@ -196,7 +209,7 @@ def image_tensors(batch: WorkerBatch) -> dict[str, Tensor]:
 
 
 def _needs_images(request: GetBatch) -> bool:
-    return request.payload == "image" or (request.payload == "hidden" and 0 in request.pairs)
+    return request.payload in ("image", "evaluation") or (request.payload == "hidden" and 0 in request.pairs)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

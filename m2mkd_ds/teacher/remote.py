@@ -1,6 +1,6 @@
 """The feed from elsewhere: teacher servers answer, the trainer keeps the cursor, and nothing is trained on twice or out of order.
 
-    RemoteFeed   asks ahead (prefetch.py), from whichever server is alive (failover.py, keeper.py), hands out in order (receive.py)
+    RemoteFeed   answers asked ahead (answer_stream.py), made into batches in order (receive.py)
     LogitsFeed   images from a loader here, logits from a RemoteFeed
 
 Which transport carries the answers is not known here (connection.py).
@@ -18,15 +18,13 @@ import torch
 from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.logs import logger
+from m2mkd_ds.teacher.answer_stream import AnswerStream
 from m2mkd_ds.teacher.connection import Connection
-from m2mkd_ds.teacher.endpoints import EndpointList
-from m2mkd_ds.teacher.failover import Servers
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
-from m2mkd_ds.teacher.keeper import Greeting, Keeper
-from m2mkd_ds.teacher.links import Counts, Pace, TeacherLostError
-from m2mkd_ds.teacher.prefetch import Place, Prefetcher
+from m2mkd_ds.teacher.keeper import Greeting
+from m2mkd_ds.teacher.links import Pace, TeacherLostError
 from m2mkd_ds.teacher.receive import Assembler
-from m2mkd_ds.teacher.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION, Answer, Hello, WireDtype
+from m2mkd_ds.teacher.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION, Hello, WireDtype
 
 _WIRE_OF: dict[torch.dtype, WireDtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -75,10 +73,9 @@ class RemoteFeed:
         pace: Pace = Pace(),  # noqa: B008  # frozen
     ) -> None:
         _check(stream, config, fallback)
-        self._stream, self._config, self._assembler, self._fallback, self._pace = stream, config, assembler, fallback, pace
+        self._stream, self._config, self._assembler, self._fallback = stream, config, assembler, fallback
         self._next = stream.numbers.start
         self._process = os.getpid()
-        self._counts = Counts()
         self._tally = _Tally()
         self._colocated: TeacherFeed | None = None
         self._is_closed = False
@@ -87,14 +84,9 @@ class RemoteFeed:
             layout=stream.layout, pairs=stream.pairs, payload=config.payload, wire_dtype=wire_dtype(config, assembler.dtype),
             with_teacher=stream.with_teacher, fingerprints=dict(stream.fingerprints),
         )  # fmt: skip
-        endpoints = EndpointList(config.endpoints, config.feed)
-        self._keeper = Keeper(endpoints, hello, connect, golden, deadline_s=config.deadline_s, pace=pace)
-        servers = Servers(self._keeper, hello, config, assembler.receive, self._counts, pace)
-
-        def work(place: Place[Answer]) -> Answer:
-            return servers.fetch(stream.slots(place.number).start, place)
-
-        self._prefetcher = Prefetcher(stream.numbers, work, depth=config.prefetch, name="teacher-fetch", on_need=self._keeper.wake)
+        self._answers = AnswerStream(
+            hello, stream.numbers, lambda number: stream.slots(number).start, config, connect, golden, assembler.receive, pace
+        )  # fmt: skip
 
     @property
     def is_colocated(self) -> bool:
@@ -109,11 +101,9 @@ class RemoteFeed:
         """
         self._check_turn(request)
         if self._colocated is None:
-            under_way = self._prefetcher.num_under_way()
+            under_way = self._answers.num_under_way()
             try:
-                answer, wait_s = self._prefetcher.take(self._config.patience_s + self._pace.close_s)
-            except TimeoutError:
-                self._move_in(request, TeacherLostError(f"a connection did not keep its deadline. {self._keeper.describe()}"))
+                answer, wait_s = self._answers.take()
             except TeacherLostError as lost:
                 self._move_in(request, lost)
             else:
@@ -129,7 +119,7 @@ class RemoteFeed:
         """Since the last call: seconds waited, bytes that came, tries made again, answers from another server than was asked first,
         answers dropped as not asked for (duplicates) or damaged (corrupt), steps that had to wait, mean requests under way; and
         whether the teacher is in this process now."""
-        counts = {f"teacher/{name}": value for name, value in self._counts.take().items()}
+        counts = {f"teacher/{name}": value for name, value in self._answers.counts.take().items()}
         return {**self._tally.take(), **counts, "teacher/colocated": float(self.is_colocated)}
 
     def close(self) -> None:
@@ -137,16 +127,9 @@ class RemoteFeed:
         if self._is_closed or os.getpid() != self._process:
             return
         self._is_closed = True
-        self._hang_up()
+        self._answers.close()
         if self._colocated is not None:
             self._colocated.close()
-
-    def _hang_up(self) -> None:
-        self._prefetcher.stop()
-        self._keeper.stop()
-        left = self._prefetcher.join(self._pace.close_s) + self._keeper.join(self._pace.close_s)
-        if left:
-            logger.warning("%d threads of the teacher feed still wait for a connection that does not end its calls", left)
 
     def _check_turn(self, request: BatchRequest) -> None:
         if os.getpid() != self._process:
@@ -175,7 +158,7 @@ class RemoteFeed:
         if self._config.on_teacher_loss != "colocate" or self._fallback is None:
             raise lost
         logger.error("%s. The teacher moves into this process at step %d and stays until the end of the phase", lost, request.step)
-        self._hang_up()
+        self._answers.close()
         feed = self._fallback(request.step)
         for micro_step in range(request.micro_step):  # of this step, trained on already
             slots = self._stream.layout.positions(request.step, micro_step, self._stream.rank)

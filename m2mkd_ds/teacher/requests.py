@@ -32,6 +32,10 @@ class StreamRequest(Protocol):
 def check_stream(request: StreamRequest, served: Collection[int], limits: Limits) -> None:
     """Raises FeedError(bad_request) naming the field, what was given and what is allowed."""
     _check_layout(request.layout, limits)
+    if request.payload == "evaluation":
+        if request.with_teacher:
+            raise FeedError("bad_request", "with_teacher: payload=evaluation gives images alone, of no pair")
+        return
     absent = sorted(set(request.pairs) - set(served))
     if absent or len(set(request.pairs)) < len(request.pairs) or not request.pairs:
         what = f"pair {absent[0]} is not served" if absent else "each pair once, and at least one"

@@ -22,7 +22,7 @@ from m2mkd_ds.teacher.decode_pool import DecodeError
 from m2mkd_ds.teacher.handshake import check_hello, golden_answer, plan_digest
 from m2mkd_ds.teacher.produce import Producer
 from m2mkd_ds.teacher.requests import check_start, check_stream
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, Status, Welcome
+from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, Payload, Status, Welcome
 
 log = logging.getLogger("m2mkd_ds")
 
@@ -59,7 +59,7 @@ class TeacherService:
             self._refuse_draining()
             check_hello(hello, self._fingerprints, self.options.limits)
             check_stream(hello, self.producer.pairs, self.options.limits)
-            self._check_layout(hello.layout)
+            self._check_layout(hello.layout, hello.payload)
             self._admission.heard(hello.client)
             return Welcome(
                 protocol=PROTOCOL_VERSION, instance=self.instance, plan=self._plan(hello.layout), fingerprints=self._fingerprints,
@@ -140,7 +140,7 @@ class TeacherService:
         if request.plan != self._plan(request.layout):
             raise FeedError("mismatch", f"plan: the request has {request.plan}, this server has another for that layout; say Hello again")
         check_start(request)
-        self._check_layout(request.layout)
+        self._check_layout(request.layout, request.payload)
         num_bytes = self.producer.answer_bytes(request)
         most = self.options.limits.max_answer_bytes
         if num_bytes > most:
@@ -163,9 +163,9 @@ class TeacherService:
             log.exception("answering position %d for pairs %s", request.start, request.pairs)
             raise FeedError("internal", f"{type(err).__name__}: {err}") from err
 
-    def _check_layout(self, layout: BatchLayout) -> None:
+    def _check_layout(self, layout: BatchLayout, payload: Payload) -> None:
         try:
-            self.producer.check_layout(layout)
+            self.producer.check_layout(layout, payload)
         except ValueError as err:
             raise FeedError("bad_request", f"layout: {err}") from None
 

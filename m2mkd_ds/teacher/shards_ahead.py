@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 
+from m2mkd_ds.data.order import make_order
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.remote.look_ahead import LookAhead
 from m2mkd_ds.data.shard_files import ShardFiles
-from m2mkd_ds.teacher.decode_pool import LayoutBatches, Stream
+from m2mkd_ds.teacher.decode_pool import Stream
 
 LEAD_S = 120.0
 """A client that led and has not decoded anything for so long leads no more."""
@@ -24,7 +25,6 @@ class ShardsAhead:
 
     def __init__(self, stream: Stream, files: ShardFiles, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._files, self._clock = stream, files, clock
-        self._batches = LayoutBatches(stream)
         self._lock = threading.Lock()
         self._furthest, self._led_at = -1, 0.0
         self._following: tuple[BatchLayout, LookAhead] | None = None
@@ -36,8 +36,9 @@ class ShardsAhead:
                 return
             self._furthest, self._led_at = position, self._clock()
             if self._following is None or self._following[0] != layout:
-                access, window = self._stream.index.access, self._stream.data.order_window
-                order = self._batches.of(layout).order
+                stream = self._stream
+                access, window = stream.index.access, stream.data.order_window
+                order = make_order(stream.data, stream.seed, stream.index.shard_sizes, layout)
                 self._following = layout, LookAhead(order, self._files, access.look_ahead, window=window)
             self._following[1].advance(position)
 

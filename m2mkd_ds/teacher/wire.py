@@ -30,8 +30,9 @@ MAX_MESSAGE_BYTES = 64 * 1024
 CHUNK_BYTES = 2 * 1024 * 1024
 """Tensors travel in pieces of this size: a message of a whole batch would be bound by page faults, one of a few MB is not."""
 
-Payload = Literal["hidden", "image", "logits"]
-"""hidden: h_i, targets and logits. image: what a loader's worker makes, and logits; the trainer runs the prefix. logits: these alone."""
+Payload = Literal["hidden", "image", "logits", "evaluation"]
+"""hidden: h_i, targets and logits. image: what a loader's worker makes, and logits; the trainer runs the prefix. logits: these alone.
+evaluation: validation images, in batches of their own layout (evaluation_images.py)."""
 MAX_BAD, MAX_BAD_NAME, MAX_BAD_TEXT = 256, 256, 1024
 """Damaged samples that one answer may tell of, and characters of their names and messages."""
 INT8_GROUP = 128

@@ -8,9 +8,9 @@ one. Shape letters: B images, V classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.data.loader import EvalLoader
+from m2mkd_ds.data.loader import ImageBatch
 from m2mkd_ds.distributed.world import World, all_reduce_sum, gather_object
 from m2mkd_ds.logs import progress
 from m2mkd_ds.moe.routing import RoutingStats
@@ -84,11 +84,21 @@ Output = tuple[Tensor, Mapping[int, RoutingStats]]
 """Logits [B, V] and the routing statistics by block (empty for dense models)."""
 
 
+class ValidationBatches(Protocol):
+    """One rank's share of the validation images, once: `EvalLoader`, or one that gets them from elsewhere."""
+
+    index: ShardIndex
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ImageBatch]: ...
+    def no_images(self) -> Tensor: ...
+
+
 @torch.no_grad()
 def evaluate(
     prepare: Callable[[Tensor], Any],
     models: Mapping[str, Callable[[Any], Output]],
-    loader: EvalLoader,
+    loader: ValidationBatches,
     world: World,
     *,
     num_images: int,

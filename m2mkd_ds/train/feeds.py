@@ -13,13 +13,14 @@ from typing import Literal
 from torch import nn
 
 from m2mkd_ds.config import ConfigError, PhaseConfig, TeacherConfig
-from m2mkd_ds.data.loader import TrainLoader
+from m2mkd_ds.data.loader import EvalLoader, TrainLoader
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.connection import Connection
 from m2mkd_ds.teacher.feed import TeacherFeed
+from m2mkd_ds.teacher.remote_images import RemoteEvalLoader
 from m2mkd_ds.teacher.wire import Welcome
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.teacher_run import run_fingerprints
@@ -122,12 +123,29 @@ def _remote(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherF
     return LogitsFeed(plan.colocated(start_step, with_teacher=False), feed) if teacher.payload == "logits" else feed
 
 
+def evaluation_loader(ctx: RunContext, *, batch_size: int) -> EvalLoader | RemoteEvalLoader:
+    """Validation images: from the shards here, or from the teacher's servers where there are none."""
+    world = ctx.world
+    if ctx.images:
+        return EvalLoader(ctx.val_index, ctx.config.data, batch_size=batch_size, rank=world.rank, world=world.size, device=world.device)
+    from m2mkd_ds.teacher.answer_check import answer_shapes
+    from m2mkd_ds.teacher.connect import connect
+
+    phase = ctx.config.m2mkd
+    settings = resolved_settings(ctx, ctx.config.teacher, phase)
+    return RemoteEvalLoader(
+        ctx.val_index, ctx.config.data, settings, lambda endpoint: connect(endpoint, settings),
+        answer_shapes(ctx.config, precision=ctx.precision(phase.precision)), run_fingerprints(ctx, phase, ()),
+        batch_size=batch_size, rank=world.rank, world=world.size, device=world.device,
+    )  # fmt: skip
+
+
 def _replay(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherFeed:
     from m2mkd_ds.teacher.replay import LogitsStore, ReplayFeed
 
     ctx = plan.ctx
     store = LogitsStore(Path(teacher.replay), run_fingerprints(ctx, plan.phase, plan.pairs))
-    store.check_run(plan.layout, ctx.config.data.augment, [pair.index for pair in plan.pairs], plan.total_steps)
+    store.check_run(plan.layout, ctx.config.data.augment, [pair.index for pair in plan.pairs], range(start_step, plan.total_steps))
     base = plan.colocated(start_step, with_teacher=False)
     return ReplayFeed(base, store, device=ctx.world.device, dtype=ctx.dtype(plan.phase.precision))
 

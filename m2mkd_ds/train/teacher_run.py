@@ -25,6 +25,7 @@ def teacher_parts(ctx: RunContext, phase: PhaseConfig, pairs: tuple[TeachingPair
         teachers={pair.index: load_teacher_module(ctx, pair.index, dtype) for pair in pairs},
         device=ctx.world.device,
         dtype=dtype,
+        validation=ctx.val_index,
     )
 
 
@@ -33,8 +34,8 @@ def run_fingerprints(ctx: RunContext, phase: PhaseConfig, pairs: tuple[TeachingP
 
     The hashes of weights are those that the finished nodes recorded, so a trainer needs no teacher module to know them.
     """
-    recorded = _recorded(ctx, pairs)
-    return fingerprints(ctx.config, ctx.train_index, precision=ctx.precision(phase.precision), weights=recorded)
+    prints = fingerprints(ctx.config, ctx.train_index, precision=ctx.precision(phase.precision), weights=_recorded(ctx, pairs))
+    return {**prints, "validation.shards": ctx.val_index.fingerprint}
 
 
 def check_files(ctx: RunContext, pairs: tuple[TeachingPair, ...]) -> None:

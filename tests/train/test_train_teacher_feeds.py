@@ -1,12 +1,14 @@
 """Phase m2mkd with its teacher in four places: the weights are the same, bit for bit. By the real launcher, two ranks, a real server.
 
-One server process listens on a Unix socket and on a port at once, and serves every run. `replay` reads what `teacher-export` wrote.
+One server process listens on a Unix socket and on a port at once, and serves every run. `replay` reads what `teacher-export` wrote;
+`no_images` has the index of the shards and no shards, for training and for validation.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ from tests.train.serving import Server, m2mkd
 from tests.train.teacher_feeds_job import STEPS
 
 SCRIPT = Path(teacher_feeds_job.__file__)
-FEEDS = ("shm", "remote_hidden", "remote_image", "remote_logits", "replay")
+FEEDS = ("shm", "remote_hidden", "remote_image", "remote_logits", "replay", "no_images")
 pytestmark = pytest.mark.timeout(600)  # two launches and a server, on a machine that may be busy
 
 
@@ -36,6 +38,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     words = ["teacher-export", "--config", str(config), "--out", str(out / "logits"), "--ranks", "2", "--dtype", "fp32"]
     exported = m2mkd(words, out, out / "export.txt")
     assert exported.wait(120) == 0, (out / "export.txt").read_text()[-4000:]
+    for part in ("train", "validation"):
+        (out / "index" / part).mkdir(parents=True)
+        for name in ("index.json", "index.npy"):
+            shutil.copy(out / "shards" / part / name, out / "index" / part / name)
     server = Server(config, out, "a", "--listen", f"unix:{out}/s")
     try:
         server.ready()
@@ -43,6 +49,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         runs = [
             f"shm=feed=shm;endpoints=[unix:{out}/s]", f"remote_hidden={remote}", f"remote_image={remote};payload=image",
             f"remote_logits={remote};payload=logits", f"replay=feed=replay;replay={out}/logits",
+            f"no_images={remote};data.train={out}/index/train;data.validation={out}/index/validation",
         ]  # fmt: skip
         launch(SCRIPT, [str(out), "feeds", *runs], timeout_s=300)
         (out / "counters.json").write_text(json.dumps(server.counters()))
@@ -84,8 +91,8 @@ def test_the_trainer_logs_what_the_feed_cost(out: Path) -> None:
 
 def test_the_server_counted_every_answer_and_left_when_told(out: Path) -> None:
     values = json.loads((out / "counters.json").read_text())
-    # Four runs of six steps, two micro-steps, two ranks.
-    assert values["answers_total"] == 4 * STEPS * 2 * 2
+    # Five runs of six steps, two micro-steps, two ranks; and one evaluation of two batches, by two ranks, for both pairs at once.
+    assert values["answers_total"] == 5 * STEPS * 2 * 2 + 2
     assert (out / "server.code").read_text() == "0", (out / "server_a.txt").read_text()
     assert not (out / "s").exists()
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.config import DistillConfig, PhaseConfig, TeacherConfig
-from m2mkd_ds.data.loader import EvalLoader
 from m2mkd_ds.data.order import order_name
 from m2mkd_ds.data.plan import BatchLayout, StreamState
 from m2mkd_ds.distill.hybrid import FrozenMeta
@@ -25,7 +24,7 @@ from m2mkd_ds.teacher.feed import TeacherBatch
 from m2mkd_ds.train.bad_samples import resolve_cap
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.evaluate import Output, Score, evaluate
-from m2mkd_ds.train.feeds import FeedPlan, make_feed
+from m2mkd_ds.train.feeds import FeedPlan, evaluation_loader, make_feed
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.optim import build_adamw
@@ -65,8 +64,7 @@ def run_evaluation(
     in_step: bool = False,
 ) -> dict[str, Score]:
     """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
-    loader = EvalLoader(ctx.val_index, ctx.config.data, batch_size=256, rank=ctx.world.rank, world=ctx.world.size, device=ctx.world.device)
-    with closing(loader):
+    with closing(evaluation_loader(ctx, batch_size=256)) as loader:
         return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
 
 
