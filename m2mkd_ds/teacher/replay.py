@@ -43,11 +43,14 @@ class LogitsStore:
         self._lock = threading.Lock()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
-    def check_run(self, layout: BatchLayout, augment: AugmentConfig, pairs: Sequence[int], steps: range) -> None:
-        """Refuse, before anything is trained, optimizer steps that these logits do not fit or do not suffice for. Raises StoreError."""
+    def check_run(self, layout: BatchLayout, augment: AugmentConfig, pairs: Sequence[int], total_steps: int, start_step: int = 0) -> None:
+        """Refuse, before anything is trained, a run from `start_step` to `total_steps` that these logits do not fit or do not suffice for.
+
+        Raises StoreError.
+        """
         self.check_pairs(pairs)
         note = self.check_layout(layout, augment)
-        positions = positions_of_steps(layout, steps)
+        positions = positions_of_steps(layout, range(start_step, total_steps))
         self.check_covers(positions.stop, first=positions.start, global_batch=layout.global_batch)
         if note:
             logger.info("%s", note)
