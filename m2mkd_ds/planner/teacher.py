@@ -8,8 +8,7 @@ Computed, not measured: MFU (the share of a GPU's peak that real work reaches) i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,109 +19,11 @@ from m2mkd_ds.models.variants import VitArch, meta_device_model
 from m2mkd_ds.models.vit import VitStage
 from m2mkd_ds.models.vmoe import arch_from_config
 from m2mkd_ds.planner.answer_bytes import KINDS, WIRE_BYTES, AnswerBytes, Payload
-from m2mkd_ds.planner.cluster import Cluster
 from m2mkd_ds.planner.flops import Flops, student_flops, vit_stage_flops, vit_stage_tokens
+from m2mkd_ds.planner.teacher_plan import Cluster, Gpu, Job, TeacherPlan, Traffic, Work
+from m2mkd_ds.planner.teacher_text import format_plan
 
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is computed for one image, in FLOPs: of one pair, or of all pairs in one job."""
-
-    pairs: tuple[int, ...]
-    prefix: float
-    """Meta stages before the pair; for all pairs, the chain is walked once."""
-    module: float
-    """Teacher modules."""
-    suffix: float
-    """Meta stages after the teacher module."""
-    student: float
-    """Student modules with stitches, forward and backward."""
-    student_suffix: float
-    """Meta stages after the student, forward and the gradient of their input."""
-
-    @property
-    def server(self) -> float:
-        """What a server computes."""
-        return self.prefix + self.module + self.suffix
-
-    @property
-    def trainer(self) -> float:
-        """What a trainer computes that is fed hidden states."""
-        return self.student + self.student_suffix
-
-    @property
-    def colocated(self) -> float:
-        """What a trainer computes that has the teacher in it."""
-        return self.server + self.trainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """`work` on a cluster."""
-
-    work: Work
-    images_per_s: float
-    server_share: float
-    """GPUs of servers for one GPU of trainers that are fed hidden states."""
-    server_gpus: float
-    """For `images_per_s`."""
-    colocated_share: float
-    """Images a second of a trainer with the teacher in it, over those of one that is fed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """One kind of payload, for all pairs in one job (`all`) or one job a pair (by pair)."""
-
-    payload: Payload
-    wire_dtype: str
-    """Of hidden states; `-` where there are none."""
-    pair_bytes: tuple[float, ...]
-    """An image, by pair."""
-    all_bytes: float
-    """An image, all pairs in one answer."""
-    pair_gbps: tuple[float, ...]
-    """10^9 bits a second of each pair's job; a server for all of them sends the sum."""
-    all_gbps: float
-    pair_fits_per_s: tuple[float, ...]
-    """Images a second that the network carries, by pair."""
-    all_fits_per_s: float
-    extra: float
-    """FLOPs an image that the trainers of all pairs compute more than with payload=hidden: the prefix."""
-    fits: bool
-    """Whether the network carries what the job of all pairs computes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherPlan:
-    """All numbers of a plan; `planner.teacher_text.format_plan` shows them."""
-
-    name: str
-    cluster: Cluster
-    precision: str
-    decode: str
-    """data.decode, which images of a payload are uint8 with (fast) or fp32 (pil)."""
-    tokens: int
-    width: int
-    pair_jobs: tuple[Job, ...]
-    all_job: Job
-    traffic: tuple[Traffic, ...]
-    teacher_parameters: int
-    """Teacher modules and meta stages of all pairs."""
-    weight_bytes: float
-    activation_bytes: float
-    """Estimate for one micro-batch: residual, its normalised copy, qkv or hidden layer of one block, and the hidden states to be sent."""
-    recommended: Traffic | None
-    """The first of hidden (lossless), image, logits that the network carries; None: none of them."""
-    fast_image_gbps: float
-    """What payload=image would need with data.decode=fast, for all pairs in one job."""
-    stored_bytes: float
-    """Logits of one pair and epoch in 16 bits; 0: the images of an epoch are not known."""
-
-    @property
-    def server_gpus(self) -> int:
-        """Whole GPUs of servers for the job of all pairs."""
-        return ceil(self.all_job.server_gpus)
+__all__ = ["Cluster", "Gpu", "Job", "TeacherPlan", "Traffic", "Work", "format_plan", "plan_teacher"]
 
 
 def plan_teacher(config: RunConfig, cluster: Cluster) -> TeacherPlan:

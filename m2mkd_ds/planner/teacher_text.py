@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from m2mkd_ds.planner.teacher import Job, TeacherPlan
+from m2mkd_ds.planner.teacher_plan import Job, TeacherPlan
 
 WIDTH = 140
 

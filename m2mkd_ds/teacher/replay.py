@@ -24,11 +24,10 @@ from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.export import positions_of_steps
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.teacher.logit_files import DTYPES, StoreError, check_prints, check_sums, covering, read_manifest, read_rows
-from m2mkd_ds.teacher.logits_source import with_logits
 
 
 class LogitsStore:
-    """A finished folder of logits; a LogitsSource. Safe to call from several threads.
+    """A finished folder of logits; it has the teacher's logits for the slots of a plan. Safe to call from several threads.
 
     Raises StoreError when the folder is unfinished or damaged, or (naming the field and both values) when it was not made with what
     `expected_prints` says. Bytes are compared with their checksums when a part is first needed, the next part in the background.
@@ -43,11 +42,14 @@ class LogitsStore:
         self._lock = threading.Lock()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
-    def check_run(self, layout: BatchLayout, augment: AugmentConfig, pairs: Sequence[int], steps: range) -> None:
-        """Refuse, before anything is trained, optimizer steps that these logits do not fit or do not suffice for. Raises StoreError."""
+    def check_run(self, layout: BatchLayout, augment: AugmentConfig, pairs: Sequence[int], total_steps: int, start_step: int = 0) -> None:
+        """Refuse, before anything is trained, a run from `start_step` to `total_steps` that these logits do not fit or do not suffice for.
+
+        Raises StoreError.
+        """
         self.check_pairs(pairs)
         note = self.check_layout(layout, augment)
-        positions = positions_of_steps(layout, steps)
+        positions = positions_of_steps(layout, range(start_step, total_steps))
         self.check_covers(positions.stop, first=positions.start, global_batch=layout.global_batch)
         if note:
             logger.info("%s", note)
@@ -159,7 +161,7 @@ class ReplayFeed:
         except StoreError as err:
             zeros_BV = torch.zeros(len(request.slots), self._store.contents.classes, dtype=DTYPES[self._store.contents.dtype][0])
             logits, problem = dict.fromkeys(request.pairs, zeros_BV), str(err)
-        fed = with_logits(batch, logits, began, device=self._device, dtype=self._dtype)
+        fed = _with_logits(batch, logits, began, device=self._device, dtype=self._dtype)
         return replace(fed, lost=fed.lost or problem)
 
     def metrics(self) -> dict[str, float]:
@@ -190,3 +192,9 @@ def _told(layout: BatchLayout) -> str:
 
 def _stood_in(substitute: int | None) -> str:
     return "readable" if substitute is None else f"damaged and replaced by sample {substitute}"
+
+
+def _with_logits(batch: TeacherBatch, logits: dict[int, Tensor], began: float, *, device: torch.device, dtype: torch.dtype) -> TeacherBatch:
+    """`batch` with logits by pair on `device`; the time since `began` (monotonic) counts as waited for."""
+    moved = {i: logits_BV.to(device, dtype, non_blocking=True) for i, logits_BV in logits.items()}
+    return replace(batch, teacher_logits=moved, wait_s=batch.wait_s + time.monotonic() - began)

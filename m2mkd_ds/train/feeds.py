@@ -145,7 +145,7 @@ def _replay(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherF
 
     ctx = plan.ctx
     store = LogitsStore(Path(teacher.replay), run_fingerprints(ctx, plan.phase, plan.pairs))
-    store.check_run(plan.layout, ctx.config.data.augment, [pair.index for pair in plan.pairs], range(start_step, plan.total_steps))
+    store.check_run(plan.layout, ctx.config.data.augment, [pair.index for pair in plan.pairs], plan.total_steps, start_step)
     base = plan.colocated(start_step, with_teacher=False)
     return ReplayFeed(base, store, device=ctx.world.device, dtype=ctx.dtype(plan.phase.precision))
 

@@ -21,9 +21,7 @@ from m2mkd_ds.distill.hybrid import FrozenMeta, freeze
 from m2mkd_ds.distill.pairs import stage_spans, stitch_specs, teaching_pairs
 from m2mkd_ds.models.vit import VitArch, build_stage
 from m2mkd_ds.models.vmoe import VisionMoE, arch_from_config
-from m2mkd_ds.planner.cluster import Cluster, Gpu
-from m2mkd_ds.planner.teacher import TeacherPlan, Traffic, plan_teacher
-from m2mkd_ds.planner.teacher_text import format_plan
+from m2mkd_ds.planner.teacher import Cluster, Gpu, TeacherPlan, Traffic, format_plan, plan_teacher
 from m2mkd_ds.recipes.fashion import fashion
 from m2mkd_ds.recipes.imagenet import vmoe_base_in1k
 from m2mkd_ds.teacher.produce import Producer, TeacherParts

@@ -107,7 +107,7 @@ def test_replay_gives_the_bytes_of_a_colocated_teacher_on_any_ranks(
     assert sorted(watched.starts) == list(range(0, 40, 4))
     for rank in range(layout.world):
         store = LogitsStore(tmp_path, prints)
-        store.check_run(layout, tiny_config.data.augment, (0, 1, 2), range(STEPS))
+        store.check_run(layout, tiny_config.data.augment, (0, 1, 2), STEPS)
         base = colocated(tiny_config, tiny_index, layout, rank, teachers=False)
         feed = ReplayFeed(base, store, device=CPU, dtype=torch.float32)
         ours = all_batches(feed, layout, rank)
@@ -316,25 +316,25 @@ def test_steps_that_are_not_stored_are_refused_before_training_and_can_be_added(
 ) -> None:
     export(watched, tmp_path, prints, steps=3)
     store, augment = LogitsStore(tmp_path, prints), tiny_config.data.augment
-    store.check_run(LAYOUT, augment, (0, 1), range(3))
+    store.check_run(LAYOUT, augment, (0, 1), 3)
     told = r"positions 0 to 23 \(3 steps of 8\), and the phase trains on 0 to 39: run `m2mkd teacher-export` for 5 steps"
     with pytest.raises(StoreError, match=told):
-        store.check_run(LAYOUT, augment, (0, 1), range(5))
+        store.check_run(LAYOUT, augment, (0, 1), 5)
     # A run that goes on with twice the batch after 1 step of 8: step 1 begins at position 8, and step 0 would have begun at -8.
     doubled = BatchLayout(micro_batch_size=4, accumulation=2, world=2, origin=-8)
-    store.check_run(doubled, AugmentConfig(), (0,), range(1, 2))
+    store.check_run(doubled, AugmentConfig(), (0,), 2, start_step=1)
     with pytest.raises(StoreError, match=r"trains on 8 to 39: run `m2mkd teacher-export` for 3 steps"):
-        store.check_run(doubled, AugmentConfig(), (0,), range(1, 3))
+        store.check_run(doubled, AugmentConfig(), (0,), 3, start_step=1)
     with pytest.raises(StoreError, match="trains on 20 to 27"):
         store.rows(0, range(20, 28))
     watched.starts = []
     export(watched, tmp_path, prints, steps=5)
     assert sorted(watched.starts) == [24, 28, 32, 36]
     longer = LogitsStore(tmp_path, prints)
-    longer.check_run(LAYOUT, augment, (0, 1), range(5))
+    longer.check_run(LAYOUT, augment, (0, 1), 5)
     assert torch.equal(longer.rows(1, range(24)), store.rows(1, range(24)))
     export(watched, tmp_path, prints, steps=2)  # asked for less: nothing is thrown away
-    LogitsStore(tmp_path, prints).check_run(LAYOUT, augment, (0, 1), range(5))
+    LogitsStore(tmp_path, prints).check_run(LAYOUT, augment, (0, 1), 5)
     assert len(watched.starts) == 4
 
 
