@@ -11,7 +11,7 @@ from m2mkd_ds.cli.app import Overrides, app, out
 from m2mkd_ds.cli.resolve import resolve
 from m2mkd_ds.logs import setup_logging
 from m2mkd_ds.planner.teacher_plan import Cluster
-from m2mkd_ds.teacher.server_options import ServerOptions
+from m2mkd_ds.teacher.server.options import ServerOptions
 
 
 @app.command(name="teacher-server")

@@ -17,11 +17,11 @@ from m2mkd_ds.data.loader import EvalLoader, TrainLoader
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
+from m2mkd_ds.teacher.client.remote_images import RemoteEvalLoader
 from m2mkd_ds.teacher.colocated import ColocatedFeed
-from m2mkd_ds.teacher.connection import Connection
 from m2mkd_ds.teacher.feed import TeacherFeed
-from m2mkd_ds.teacher.remote_images import RemoteEvalLoader
-from m2mkd_ds.teacher.wire import Welcome
+from m2mkd_ds.teacher.protocol.connection import Connection
+from m2mkd_ds.teacher.protocol.wire import Welcome
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.teacher_run import run_fingerprints
 
@@ -94,11 +94,11 @@ def check_feed(teacher: TeacherConfig) -> None:
 
 
 def _remote(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherFeed:
-    from m2mkd_ds.teacher.answer_check import answer_shapes
-    from m2mkd_ds.teacher.connect import connect
-    from m2mkd_ds.teacher.golden import check_golden
-    from m2mkd_ds.teacher.receive import Assembler
-    from m2mkd_ds.teacher.remote import LogitsFeed, RemoteFeed, Stream
+    from m2mkd_ds.teacher.client.connect import connect
+    from m2mkd_ds.teacher.client.receive import Assembler
+    from m2mkd_ds.teacher.client.remote import LogitsFeed, RemoteFeed, Stream
+    from m2mkd_ds.teacher.protocol.answer_check import answer_shapes
+    from m2mkd_ds.teacher.protocol.golden import check_golden
 
     ctx, data = plan.ctx, plan.ctx.config.data
     device, dtype = ctx.world.device, ctx.dtype(plan.phase.precision)
@@ -128,8 +128,8 @@ def evaluation_loader(ctx: RunContext, *, batch_size: int) -> EvalLoader | Remot
     world = ctx.world
     if ctx.images:
         return EvalLoader(ctx.val_index, ctx.config.data, batch_size=batch_size, rank=world.rank, world=world.size, device=world.device)
-    from m2mkd_ds.teacher.answer_check import answer_shapes
-    from m2mkd_ds.teacher.connect import connect
+    from m2mkd_ds.teacher.client.connect import connect
+    from m2mkd_ds.teacher.protocol.answer_check import answer_shapes
 
     phase = ctx.config.m2mkd
     settings = resolved_settings(ctx, ctx.config.teacher, phase)
@@ -141,7 +141,7 @@ def evaluation_loader(ctx: RunContext, *, batch_size: int) -> EvalLoader | Remot
 
 
 def _replay(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherFeed:
-    from m2mkd_ds.teacher.replay import LogitsStore, ReplayFeed
+    from m2mkd_ds.teacher.stored.replay import LogitsStore, ReplayFeed
 
     ctx = plan.ctx
     store = LogitsStore(Path(teacher.replay), run_fingerprints(ctx, plan.phase, plan.pairs))

@@ -9,8 +9,8 @@ from typing import Literal
 
 from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import parse_pairs
-from m2mkd_ds.teacher.export import export_logits, positions_of_steps
-from m2mkd_ds.teacher.produce import Producer
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.stored.export import export_logits, positions_of_steps
 from m2mkd_ds.train.feeds import FeedPlan
 from m2mkd_ds.train.phases.jobs import phase_steps
 from m2mkd_ds.train.teacher_run import run_fingerprints, teacher_parts

@@ -6,8 +6,8 @@ from m2mkd_ds.checkpoint.store import file_sha256
 from m2mkd_ds.config import ConfigError, PhaseConfig
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
-from m2mkd_ds.teacher.handshake import fingerprints
-from m2mkd_ds.teacher.produce import TeacherParts
+from m2mkd_ds.teacher.protocol.handshake import fingerprints
+from m2mkd_ds.teacher.server.produce import TeacherParts
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_module
 from m2mkd_ds.train.nodes import output_hashes
 
@@ -30,7 +30,7 @@ def teacher_parts(ctx: RunContext, phase: PhaseConfig, pairs: tuple[TeachingPair
 
 
 def run_fingerprints(ctx: RunContext, phase: PhaseConfig, pairs: tuple[TeachingPair, ...]) -> dict[str, str]:
-    """What trainer and server must have in common, by field (teacher/handshake.py).
+    """What trainer and server must have in common, by field (teacher/protocol/handshake.py).
 
     The hashes of weights are those that the finished nodes recorded, so a trainer needs no teacher module to know them.
     """

@@ -22,11 +22,11 @@ from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import parse_pairs
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import logger
-from m2mkd_ds.teacher.metrics_page import MetricsPage
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.server_options import ServerOptions
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.wire import Limits
+from m2mkd_ds.teacher.protocol.wire import Limits
+from m2mkd_ds.teacher.server.metrics_page import MetricsPage
+from m2mkd_ds.teacher.server.options import ServerOptions
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.nodes import versions
 from m2mkd_ds.train.teacher_run import run_fingerprints, teacher_parts
@@ -103,11 +103,11 @@ def make_service(ctx: RunContext, options: ServerOptions, pairs: str = "all") ->
 def make_transport(service: TeacherService, address: str, options: ServerOptions) -> Transport:
     """A transport by its address. Raises ConfigError for security that does not fit."""
     if address.startswith("unix:"):
-        from m2mkd_ds.teacher.shm_server import ShmTransport
+        from m2mkd_ds.teacher.shm.server import ShmTransport
 
         return ShmTransport(service, address.removeprefix("unix:"))
-    from m2mkd_ds.teacher.flight_server import FlightTransport
-    from m2mkd_ds.teacher.security import ServerSecurity
+    from m2mkd_ds.teacher.flight.security import ServerSecurity
+    from m2mkd_ds.teacher.flight.server import FlightTransport
 
     security = ServerSecurity(
         tls_cert=options.tls_cert, tls_key=options.tls_key, client_ca=options.client_ca, token_file=options.token_file,

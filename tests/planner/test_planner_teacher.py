@@ -24,8 +24,8 @@ from m2mkd_ds.models.vmoe import VisionMoE, arch_from_config
 from m2mkd_ds.planner.teacher import Cluster, Gpu, TeacherPlan, Traffic, format_plan, plan_teacher
 from m2mkd_ds.recipes.fashion import fashion
 from m2mkd_ds.recipes.imagenet import vmoe_base_in1k
-from m2mkd_ds.teacher.produce import Producer, TeacherParts
-from m2mkd_ds.teacher.wire import GetBatch
+from m2mkd_ds.teacher.protocol.wire import GetBatch
+from m2mkd_ds.teacher.server.produce import Producer, TeacherParts
 
 NEAR = 0.02
 IMAGES = 2

@@ -15,10 +15,10 @@ from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
-from m2mkd_ds.teacher.handshake import plan_digest
-from m2mkd_ds.teacher.produce import Producer, TeacherParts
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.wire import GetBatch, Limits
+from m2mkd_ds.teacher.protocol.handshake import plan_digest
+from m2mkd_ds.teacher.protocol.wire import GetBatch, Limits
+from m2mkd_ds.teacher.server.produce import Producer, TeacherParts
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)

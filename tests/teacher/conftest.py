@@ -15,10 +15,10 @@ from m2mkd_ds.data.sources.registry import make_source
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import stage_spans, teaching_pairs
 from m2mkd_ds.models.vit import VitArch, build_stage
-from m2mkd_ds.teacher.handshake import fingerprints
-from m2mkd_ds.teacher.produce import Producer, TeacherParts
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.wire import Limits
+from m2mkd_ds.teacher.protocol.handshake import fingerprints
+from m2mkd_ds.teacher.protocol.wire import Limits
+from m2mkd_ds.teacher.server.produce import Producer, TeacherParts
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 
 LIMITS = Limits(max_count=64, max_answer_bytes=64 * 2**20, max_in_flight=4, heartbeat_s=1.0)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from m2mkd_ds.config import from_dict
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.flight_server import FlightTransport
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.security import ServerSecurity
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
+from m2mkd_ds.teacher.flight.security import ServerSecurity
+from m2mkd_ds.teacher.flight.server import FlightTransport
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 from tests.teacher.flight_tools import pad_answers
 

@@ -10,10 +10,10 @@ import torch
 import trustme
 
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.admission import Lease
-from m2mkd_ds.teacher.security import ClientSecurity, ServerSecurity
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, GetBatch, Hello, Welcome
+from m2mkd_ds.teacher.flight.security import ClientSecurity, ServerSecurity
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, GetBatch, Hello, Welcome
+from m2mkd_ds.teacher.server.admission import Lease
+from m2mkd_ds.teacher.server.service import TeacherService
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)
 TOKEN = "correct-horse-battery-staple"

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from m2mkd_ds.teacher import codec
-from m2mkd_ds.teacher.buffers import BufferPool
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, LinkError
+from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.buffers import BufferPool
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, LinkError
 
 HEAD = AnswerHead(instance="a", plan="b", start=0, pairs=(1,), payload="hidden", wire_dtype="fp32", with_teacher=False, attempt=0)
 MIB = 2**20

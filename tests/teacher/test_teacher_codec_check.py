@@ -14,11 +14,11 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher import codec
-from m2mkd_ds.teacher.answer_check import AnswerShapes, answer_shapes, check_answer, check_specs, is_finite
-from m2mkd_ds.teacher.buffers import BufferPool
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch, LinkError, Payload
+from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, answer_shapes, check_answer, check_specs, is_finite
+from m2mkd_ds.teacher.protocol.buffers import BufferPool
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, GetBatch, LinkError, Payload
+from m2mkd_ds.teacher.server.produce import Producer
 from tests.teacher.conftest import make_parts
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.bad_samples import BadSample
-from m2mkd_ds.teacher import codec
-from m2mkd_ds.teacher.buffers import BufferPool
-from m2mkd_ds.teacher.wire import MAX_BAD, MAX_BAD_TEXT, TORCH_DTYPES, Answer, AnswerHead, LinkError
+from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.buffers import BufferPool
+from m2mkd_ds.teacher.protocol.wire import MAX_BAD, MAX_BAD_TEXT, TORCH_DTYPES, Answer, AnswerHead, LinkError
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HEAD = AnswerHead(

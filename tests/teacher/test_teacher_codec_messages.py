@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.wire import (
+from m2mkd_ds.teacher.protocol.wire import (
     MAX_MESSAGE_BYTES,
     AnswerHead,
     FeedError,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.config import TeacherConfig
-from m2mkd_ds.teacher.connect import check_endpoints, connect
-from m2mkd_ds.teacher.endpoints import EndpointList, by_preference, split_host_port
+from m2mkd_ds.teacher.client.connect import check_endpoints, connect
+from m2mkd_ds.teacher.client.endpoints import EndpointList, by_preference, split_host_port
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.links import TeacherLostError, TeacherRefusedError
-from m2mkd_ds.teacher.remote import RemoteFeed
-from m2mkd_ds.teacher.wire import Answer, FeedError, GetBatch, LinkError
+from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
+from m2mkd_ds.teacher.client.remote import RemoteFeed
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, LinkError
 from tests.teacher.conftest import LIMITS
 from tests.teacher.town import (
     PACE,

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from m2mkd_ds.teacher import codec
-from m2mkd_ds.teacher.admission import Lease
-from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.flight_client import FlightConnection
-from m2mkd_ds.teacher.flight_server import FlightTransport
-from m2mkd_ds.teacher.security import ClientSecurity, ServerSecurity
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.wire import Answer, FeedError, GetBatch, Golden, LinkError
+from m2mkd_ds.teacher.flight.client import FlightConnection
+from m2mkd_ds.teacher.flight.security import ClientSecurity, ServerSecurity
+from m2mkd_ds.teacher.flight.server import FlightTransport
+from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, LinkError
+from m2mkd_ds.teacher.server.admission import Lease
+from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import LIMITS
 from tests.teacher.flight_tools import hello_of, make_pki, pad_answers, request_of
 
@@ -94,7 +94,7 @@ def test_memory_is_used_again_but_never_while_somebody_holds_it(make_service: Ma
 def test_freed_memory_is_kept() -> None:
     code = """
 import ctypes, resource, sys
-from m2mkd_ds.teacher.allocator import keep_freed_memory
+from m2mkd_ds.teacher.flight.allocator import keep_freed_memory
 assert sys.argv[1] == "default" or keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -227,7 +227,7 @@ def stalled_stream(transport: FlightTransport, request: GetBatch) -> Any:
     """A client that reads the first part of an answer and then nothing more."""
     from pyarrow import flight
 
-    from m2mkd_ds.teacher.wire import pack
+    from m2mkd_ds.teacher.protocol.wire import pack
 
     stream = flight.FlightClient(f"grpc://{transport.endpoint}").do_get(flight.Ticket(b"get " + pack(request)))
     stream.read_chunk()

@@ -20,13 +20,13 @@ import pytest
 from pyarrow import flight
 
 from m2mkd_ds.config import RunConfig, to_dict
-from m2mkd_ds.teacher import codec
-from m2mkd_ds.teacher.flight_client import FlightConnection
-from m2mkd_ds.teacher.flight_parts import raise_refusal, schema, to_batch
-from m2mkd_ds.teacher.flight_server import FlightTransport
-from m2mkd_ds.teacher.security import ClientSecurity, ServerSecurity
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.flight.client import FlightConnection
+from m2mkd_ds.teacher.flight.parts import raise_refusal, schema, to_batch
+from m2mkd_ds.teacher.flight.security import ClientSecurity, ServerSecurity
+from m2mkd_ds.teacher.flight.server import FlightTransport
+from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import LIMITS
 from tests.teacher.flight_tools import LAYOUT, TOKEN, Pki, hello_of, make_pki, request_of
 

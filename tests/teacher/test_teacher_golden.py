@@ -16,12 +16,12 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.distill.hybrid import FrozenMeta
-from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.golden import TOLERANCES, GoldenReport, check_golden
-from m2mkd_ds.teacher.handshake import golden_answer, golden_images
-from m2mkd_ds.teacher.produce import Producer, TeacherParts
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.wire import Answer, FeedError, GetBatch, Golden, Hello, LinkError, Welcome
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.golden import TOLERANCES, GoldenReport, check_golden
+from m2mkd_ds.teacher.protocol.handshake import golden_answer, golden_images
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, Hello, LinkError, Welcome
+from m2mkd_ds.teacher.server.produce import Producer, TeacherParts
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)

@@ -13,8 +13,8 @@ import torch
 from m2mkd_ds.config import RunConfig, apply_overrides
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.handshake import (
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.handshake import (
     _class_map,
     check_hello,
     check_welcome,
@@ -24,8 +24,8 @@ from m2mkd_ds.teacher.handshake import (
     versions,
     weights_fingerprint,
 )
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.wire import FeedError, Hello, Limits, Welcome, pack, unpack
+from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, Limits, Welcome, pack, unpack
+from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)

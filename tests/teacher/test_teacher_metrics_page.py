@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from m2mkd_ds.teacher.metrics_page import MetricsPage
-from m2mkd_ds.teacher.wire import Status
+from m2mkd_ds.teacher.protocol.wire import Status
+from m2mkd_ds.teacher.server.metrics_page import MetricsPage
 
 COUNTERS = {"requests": 7.0, "errors_draining": 2.0, "errors_poisoned": 1.0, "in_flight": 3.0, "decode_s": 1.5, "hits_prefix": 4.0}
 

@@ -14,8 +14,8 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.distill.pairs import stage_spans
 from m2mkd_ds.models.vit import VitArch, build_stage
-from m2mkd_ds.teacher.numbers import bytes_of_hidden, from_wire, largest, peaks, quantise, to_wire
-from m2mkd_ds.teacher.wire import WireDtype
+from m2mkd_ds.teacher.protocol.numbers import bytes_of_hidden, from_wire, largest, peaks, quantise, to_wire
+from m2mkd_ds.teacher.protocol.wire import WireDtype
 
 
 def there_and_back(hidden: Tensor, wire_dtype: WireDtype, dtype: torch.dtype = torch.float32) -> Tensor:

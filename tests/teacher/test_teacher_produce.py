@@ -19,12 +19,12 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.counters import Counters
-from m2mkd_ds.teacher.numbers import from_wire
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.shared_cache import SharedCache
-from m2mkd_ds.teacher.turns import Turns
-from m2mkd_ds.teacher.wire import FeedError
+from m2mkd_ds.teacher.protocol.numbers import from_wire
+from m2mkd_ds.teacher.protocol.wire import FeedError
+from m2mkd_ds.teacher.server.counters import Counters
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.shared_cache import SharedCache
+from m2mkd_ds.teacher.server.turns import Turns
 from tests.data.tar_files import image_file
 from tests.teacher.asking import ALL, asked, assert_same, colocated, counted_parts
 from tests.teacher.conftest import make_parts

@@ -22,8 +22,8 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.decode_pool import DecodeError, DecodeHere, DecodePool, LayoutBatches, Stream
-from m2mkd_ds.teacher.produce import Producer
+from m2mkd_ds.teacher.server.decode_pool import DecodeError, DecodeHere, DecodePool, LayoutBatches, Stream
+from m2mkd_ds.teacher.server.produce import Producer
 from tests.data.tar_files import image_file
 from tests.teacher.asking import LAYOUT, asked, assert_same, colocated
 from tests.teacher.conftest import make_parts
@@ -217,7 +217,7 @@ def test_no_worker_outlives_a_server_that_is_killed(tiny_config: RunConfig, tiny
 import time
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.decode_pool import DecodePool, Stream
+from m2mkd_ds.teacher.server.decode_pool import DecodePool, Stream
 if __name__ == "__main__":
     data = DataConfig(num_classes=10, image_size=16, num_workers=1)
     pool = DecodePool(Stream(ShardIndex.load({tiny_config.data.train!r}), data, 0), pin=False, replaced=lambda: None)

@@ -13,9 +13,9 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.decode_pool import Stream
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.shards_ahead import LEAD_S, ShardsAhead
+from m2mkd_ds.teacher.server.decode_pool import Stream
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.shards_ahead import LEAD_S, ShardsAhead
 from tests.data.faulty_server import FaultyServer
 from tests.data.tar_files import image_file
 from tests.teacher.asking import LAYOUT, asked, assert_same, colocated

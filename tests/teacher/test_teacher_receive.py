@@ -12,11 +12,11 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import teaching_pairs
-from m2mkd_ds.teacher.answer_check import AnswerShapes
+from m2mkd_ds.teacher.client.receive import Assembler
 from m2mkd_ds.teacher.feed import BatchRequest
-from m2mkd_ds.teacher.numbers import to_wire
-from m2mkd_ds.teacher.receive import Assembler
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, Event, FeedError, GetBatch, LinkError
+from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes
+from m2mkd_ds.teacher.protocol.numbers import to_wire
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, Event, FeedError, GetBatch, LinkError
 
 LAYOUT = BatchLayout(micro_batch_size=2, accumulation=1, world=1)
 REQUEST = GetBatch(

@@ -14,9 +14,9 @@ import torch
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.teacher.client.remote import LogitsFeed, RemoteFeed, wire_dtype
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
-from m2mkd_ds.teacher.remote import LogitsFeed, RemoteFeed, wire_dtype
-from m2mkd_ds.teacher.wire import Answer, GetBatch, LinkError
+from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, LinkError
 from tests.teacher.conftest import LIMITS
 from tests.teacher.town import (
     LAYOUT,

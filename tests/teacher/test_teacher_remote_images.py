@@ -15,13 +15,13 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import EvalLoader
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.answer_check import answer_shapes
-from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.links import TeacherLostError, TeacherRefusedError
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.remote_images import RemoteEvalLoader
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.wire import FeedError, GetBatch, Hello
+from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
+from m2mkd_ds.teacher.client.remote_images import RemoteEvalLoader
+from m2mkd_ds.teacher.protocol.answer_check import answer_shapes
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.wire import FeedError, GetBatch, Hello
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 SETTINGS = TeacherConfig(feed="remote", endpoints=("127.0.0.1:1",), deadline_s=5.0, patience_s=5.0, prefetch=2)

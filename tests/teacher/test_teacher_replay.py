@@ -27,12 +27,12 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.colocated import ColocatedFeed
-from m2mkd_ds.teacher.export import export_logits, positions_of_steps, stored_bytes
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
-from m2mkd_ds.teacher.logit_files import StoreError
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.replay import LogitsStore, ReplayFeed
-from m2mkd_ds.teacher.wire import Answer, GetBatch
+from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.stored.export import export_logits, positions_of_steps, stored_bytes
+from m2mkd_ds.teacher.stored.logit_files import StoreError
+from m2mkd_ds.teacher.stored.replay import LogitsStore, ReplayFeed
 from tests.teacher.conftest import make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=2)

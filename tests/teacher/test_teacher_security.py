@@ -10,10 +10,18 @@ from cryptography.hazmat.primitives import serialization
 
 from m2mkd_ds.config import ConfigError
 from m2mkd_ds.logs import logger
-from m2mkd_ds.teacher import flight_gate
-from m2mkd_ds.teacher.flight_gate import FailureLimit
-from m2mkd_ds.teacher.security import TOKEN_VARIABLE, ClientSecurity, ServerSecurity, find_token, is_loopback, join_address, split_address
-from m2mkd_ds.teacher.wire import FeedError
+from m2mkd_ds.teacher.flight import gate as flight_gate
+from m2mkd_ds.teacher.flight.gate import FailureLimit
+from m2mkd_ds.teacher.flight.security import (
+    TOKEN_VARIABLE,
+    ClientSecurity,
+    ServerSecurity,
+    find_token,
+    is_loopback,
+    join_address,
+    split_address,
+)
+from m2mkd_ds.teacher.protocol.wire import FeedError
 from tests.teacher.flight_tools import TOKEN, Pki, make_pki
 
 

@@ -13,10 +13,10 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.colocated import ColocatedFeed
-from m2mkd_ds.teacher.connection import LocalConnection
 from m2mkd_ds.teacher.feed import BatchRequest
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello
+from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)

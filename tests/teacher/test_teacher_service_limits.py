@@ -12,12 +12,12 @@ import pytest
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.admission import MAX_CLIENTS, Admission
-from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.counters import Counters
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, FeedError, Golden, Hello
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, Golden, Hello
+from m2mkd_ds.teacher.server.admission import MAX_CLIENTS, Admission
+from m2mkd_ds.teacher.server.counters import Counters
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.asking import ALL, LAYOUT, asked, assert_same, colocated, counted_parts, service_of
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 

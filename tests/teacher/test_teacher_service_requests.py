@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.handshake import plan_digest
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.wire import FeedError, GetBatch, pack, unpack
+from m2mkd_ds.teacher.protocol.handshake import plan_digest
+from m2mkd_ds.teacher.protocol.wire import FeedError, GetBatch, pack, unpack
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.asking import LAYOUT, asked, service_of
 from tests.teacher.conftest import make_parts
 

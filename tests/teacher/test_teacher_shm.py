@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher import shm_frames as frames
-from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.shm_client import ShmConnection
-from m2mkd_ds.teacher.shm_segment import SegmentView
-from m2mkd_ds.teacher.shm_server import ShmTransport
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, LinkError, pack
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, LinkError, pack
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
+from m2mkd_ds.teacher.shm import frames
+from m2mkd_ds.teacher.shm.client import ShmConnection
+from m2mkd_ds.teacher.shm.segment import SegmentView
+from m2mkd_ds.teacher.shm.server import ShmTransport
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)

@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher import shm_frames as frames
-from m2mkd_ds.teacher import shm_socket
-from m2mkd_ds.teacher.shm_buffers import ReceiveBuffers
-from m2mkd_ds.teacher.shm_client import ShmConnection
-from m2mkd_ds.teacher.shm_frames import FrameError, Ready
-from m2mkd_ds.teacher.shm_segment import HEADER_BYTES, Segment, places, segment_bytes
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, GetBatch, Hello, Limits, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch, Hello, Limits, LinkError, Welcome, pack
+from m2mkd_ds.teacher.shm import frames
+from m2mkd_ds.teacher.shm import socket as shm_socket
+from m2mkd_ds.teacher.shm.buffers import ReceiveBuffers
+from m2mkd_ds.teacher.shm.client import ShmConnection
+from m2mkd_ds.teacher.shm.frames import FrameError, Ready
+from m2mkd_ds.teacher.shm.segment import HEADER_BYTES, Segment, places, segment_bytes
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)
 LIMITS = Limits(max_count=4, max_answer_bytes=10_000, max_in_flight=1, heartbeat_s=1.0)

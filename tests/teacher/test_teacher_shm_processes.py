@@ -18,11 +18,11 @@ import torch
 from m2mkd_ds.config import RunConfig, to_dict
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.connection import LocalConnection
-from m2mkd_ds.teacher.service import TeacherService
-from m2mkd_ds.teacher.shm_client import ShmConnection
-from m2mkd_ds.teacher.shm_server import ShmTransport
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.server.service import TeacherService
+from m2mkd_ds.teacher.shm.client import ShmConnection
+from m2mkd_ds.teacher.shm.server import ShmTransport
 from tests.teacher.conftest import tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)
@@ -32,9 +32,9 @@ import json, sys, time, torch
 torch.set_num_threads(1)
 from m2mkd_ds.config import from_dict
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.shm_server import ShmTransport
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
+from m2mkd_ds.teacher.shm.server import ShmTransport
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 config = from_dict(json.loads(sys.argv[1]))
 index = ShardIndex.load(config.data.train)

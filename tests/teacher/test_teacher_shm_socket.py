@@ -13,12 +13,12 @@ import pytest
 
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher import shm_socket
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.shm_client import ShmConnection
-from m2mkd_ds.teacher.shm_server import ShmTransport
-from m2mkd_ds.teacher.wire import Limits, LinkError
+from m2mkd_ds.teacher.protocol.wire import Limits, LinkError
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
+from m2mkd_ds.teacher.shm import socket as shm_socket
+from m2mkd_ds.teacher.shm.client import ShmConnection
+from m2mkd_ds.teacher.shm.server import ShmTransport
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 MakeService = Callable[..., TeacherService]

@@ -17,7 +17,7 @@ import pytest
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.wire import Answer, FeedError, GetBatch, LinkError
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, LinkError
 from tests.teacher.conftest import LIMITS
 from tests.teacher.town import Town, assert_same, feeds_of, make_setting, requests, teacher_config
 

@@ -16,16 +16,16 @@ from m2mkd_ds.config import RunConfig, TeacherConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.answer_check import AnswerShapes, answer_shapes
+from m2mkd_ds.teacher.client.links import Pace
+from m2mkd_ds.teacher.client.receive import Assembler
+from m2mkd_ds.teacher.client.remote import RemoteFeed, Stream
 from m2mkd_ds.teacher.colocated import ColocatedFeed
-from m2mkd_ds.teacher.connection import LocalConnection
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
-from m2mkd_ds.teacher.links import Pace
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.receive import Assembler
-from m2mkd_ds.teacher.remote import RemoteFeed, Stream
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.wire import Answer, GetBatch, Hello, Limits, LinkError, Status, Welcome
+from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, answer_shapes
+from m2mkd_ds.teacher.protocol.connection import LocalConnection
+from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, Hello, Limits, LinkError, Status, Welcome
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 PACE = Pace(first_pause_s=0.01, longest_pause_s=0.04, drained_pause_s=0.05, poll_s=0.02, close_s=2.0)

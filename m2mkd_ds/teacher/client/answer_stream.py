@@ -1,0 +1,67 @@
+"""Answers to a row of requests, asked ahead and handed out in order, from whichever server is alive.
+
+    numbers -> prefetch.py (a free place is a credit) -> failover.py (which server, again or elsewhere) -> keeper.py (links)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from m2mkd_ds.config import TeacherConfig
+from m2mkd_ds.logs import logger
+from m2mkd_ds.teacher.client.endpoints import EndpointList
+from m2mkd_ds.teacher.client.failover import Receive, Servers
+from m2mkd_ds.teacher.client.keeper import Greeting, Keeper
+from m2mkd_ds.teacher.client.links import Counts, Pace, TeacherLostError
+from m2mkd_ds.teacher.client.prefetch import Place, Prefetcher
+from m2mkd_ds.teacher.protocol.connection import Connection
+from m2mkd_ds.teacher.protocol.wire import Answer, Hello
+
+
+class AnswerStream:
+    """Answers for every number of `numbers`; `start_of` gives the stream position that a number's micro-batch begins at.
+
+    Servers are asked from the moment this is made; every greeting says `hello`. One consumer thread.
+    """
+
+    def __init__(
+        self,
+        hello: Hello,
+        numbers: range,
+        start_of: Callable[[int], int],
+        config: TeacherConfig,
+        connect: Callable[[str], Connection],
+        golden: Greeting | None,
+        receive: Receive,
+        pace: Pace,
+    ) -> None:
+        self._config, self._pace = config, pace
+        self.counts = Counts()
+        self._keeper = Keeper(
+            EndpointList(config.endpoints, config.feed), hello, connect, golden, deadline_s=config.deadline_s, pace=pace
+        )  # fmt: skip
+        servers = Servers(self._keeper, hello, config, receive, self.counts, pace)
+
+        def work(place: Place[Answer]) -> Answer:
+            return servers.fetch(start_of(place.number), place)
+
+        self._prefetcher = Prefetcher(numbers, work, depth=config.prefetch, name="teacher-fetch", on_need=self._keeper.wake)
+
+    def take(self) -> tuple[Answer, float]:
+        """The next answer, and the seconds that it was waited for. Raises TeacherLostError and TeacherRefusedError."""
+        try:
+            return self._prefetcher.take(self._config.patience_s + self._pace.close_s)
+        except TimeoutError:
+            raise TeacherLostError(f"a connection did not keep its deadline. {self._keeper.describe()}") from None
+
+    def num_under_way(self) -> int:
+        """Requests that are being answered now."""
+        return self._prefetcher.num_under_way()
+
+    def close(self) -> None:
+        """End threads and connections, within `Pace.close_s`."""
+        self._prefetcher.stop()
+        self._keeper.stop()
+        left = self._prefetcher.join(self._pace.close_s) + self._keeper.join(self._pace.close_s)
+        if left:
+            logger.warning("%d threads of the teacher feed still wait for a connection that does not end its calls", left)

@@ -1,0 +1,159 @@
+"""All teacher servers of a stream as one: whoever is alive answers, and which one it was changes nothing but the time.
+
+Only servers that were greeted (keeper.py) are asked, so a host that hangs costs the trainer no time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from math import inf
+from typing import NoReturn, Protocol
+
+from m2mkd_ds.config import TeacherConfig
+from m2mkd_ds.logs import logger
+from m2mkd_ds.teacher.client.endpoints import by_preference
+from m2mkd_ds.teacher.client.keeper import Keeper, named, refusal
+from m2mkd_ds.teacher.client.links import Counts, Link, Pace, Session, StoppedError, TeacherLostError
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Hello, LinkError
+
+Receive = Callable[[Answer, GetBatch], Answer]
+"""Checks an answer's tensors; raises LinkError(corrupt)."""
+
+
+class Wanted(Protocol):
+    """What is fetched: `needed_at` says since when the trainer stands still for it."""
+
+    needed_at: float | None
+
+
+class _MissedError(Exception):
+    """This try gave nothing; another may."""
+
+
+class Servers:
+    """Answers for the stream that `hello` describes, from the servers that `keeper` keeps. Several threads may fetch."""
+
+    def __init__(self, keeper: Keeper, hello: Hello, config: TeacherConfig, receive: Receive, counts: Counts, pace: Pace) -> None:
+        self._keeper, self._hello, self._config = keeper, hello, config
+        self._receive, self._counts, self._pace = receive, counts, pace
+
+    def fetch(self, start: int, wanted: Wanted) -> Answer:
+        """The micro-batch at position `start`, whole and checked.
+
+        Raises TeacherLostError as `on_teacher_loss` and `patience_s` say, TeacherRefusedError, StoppedError. Patience begins when the
+        trainer needs the micro-batch: a server that is away while nobody waits costs nothing.
+        """
+        attempt, first = 0, None
+        while True:
+            link, session = self._choose(start, wanted)
+            asked = (link.endpoint, session.welcome.instance)
+            first = first or asked
+            try:
+                answer = self._ask(link, session, start, attempt, wanted)
+            except _MissedError as missed:
+                attempt += 1
+                self._counts.add("retries")
+                with self._keeper.changed:
+                    link.trouble = str(missed)
+                    self._keeper.changed.notify_all()
+                continue
+            if asked != first:
+                self._counts.add("failovers")
+            with self._keeper.changed:
+                link.failures = link.spoiled = 0
+            return answer
+
+    def _choose(self, start: int, wanted: Wanted) -> tuple[Link, Session]:
+        """The server that comes first for this micro-batch among those that may be asked now; waits for one."""
+        # Every job of the same layout asks the same server for the same micro-batch, so decoding is shared in its cache.
+        key = start // self._hello.layout.micro_batch_size
+        with self._keeper.changed:
+            while True:
+                now = time.monotonic()
+                left_s = self._left_s(wanted)
+                if self._keeper.stopping:
+                    raise StoppedError("the feed was closed")
+                if self._keeper.fatal is not None:
+                    raise self._keeper.fatal
+                if left_s <= 0:
+                    self._lose(start, f"none did within teacher.patience_s={self._config.patience_s:g}")
+                if wanted.needed_at is not None and self._config.on_teacher_loss != "wait" and self._keeper.all_gone():
+                    self._lose(start, "each was tried")
+                ready = [e for e, link in self._keeper.links.items() if link.session is not None and link.not_before <= now]
+                for endpoint in by_preference(ready, key)[:1]:
+                    link = self._keeper.links[endpoint]
+                    assert link.session is not None
+                    return link, link.session
+                pauses = [link.not_before - now for link in self._keeper.links.values() if link.session is not None]
+                timeout_s = min([left_s, *pauses])
+                self._keeper.changed.wait(None if timeout_s == inf else timeout_s)
+
+    def _left_s(self, wanted: Wanted) -> float:
+        return inf if wanted.needed_at is None else wanted.needed_at + self._config.patience_s - time.monotonic()
+
+    def _lose(self, start: int, why: str) -> NoReturn:
+        raise TeacherLostError(
+            f"no teacher server gave the micro-batch at stream position {start}: {why} "
+            f"(teacher.on_teacher_loss={self._config.on_teacher_loss}). {self._keeper.describe()}"
+        )
+
+    def _ask(self, link: Link, session: Session, start: int, attempt: int, wanted: Wanted) -> Answer:
+        """One try. Raises _MissedError where another may help."""
+        hello, welcome = self._hello, session.welcome
+        request = GetBatch(
+            instance=welcome.instance, plan=welcome.plan, client=hello.client, layout=hello.layout, start=start, pairs=hello.pairs,
+            payload=hello.payload, wire_dtype=hello.wire_dtype, with_teacher=hello.with_teacher, attempt=attempt,
+        )  # fmt: skip
+        try:
+            answer = session.get(request, max(0.01, min(self._config.deadline_s, self._left_s(wanted))))
+            self._counts.add("bytes_in", answer.num_bytes)
+            if not answer.head.answers(request):
+                self._counts.add("duplicates")
+                head = answer.head
+                raise self._spoiled(link, session, f"it gave position {head.start}, attempt {head.attempt}, for {start}, attempt {attempt}")
+            return self._receive(answer, request)
+        except FeedError as err:
+            raise self._refused(link, session, err) from err
+        except LinkError as err:
+            if err.fault == "corrupt":
+                self._counts.add("corrupt")
+                raise self._spoiled(link, session, str(err)) from err
+            self._keeper.lost_link(link, session, str(err))
+            raise _MissedError(str(err)) from err
+
+    def _spoiled(self, link: Link, session: Session, why: str) -> _MissedError:
+        """A damaged or wrong answer: asked again at once, on a new connection after a few."""
+        with self._keeper.changed:
+            link.spoiled += 1
+            is_broken = link.spoiled >= self._pace.spoiled
+            if is_broken:
+                link.spoiled = 0
+        logger.warning("teacher server %s; this answer was dropped", named(link.endpoint, why))
+        if is_broken:
+            self._keeper.lost_link(link, session, why)
+        return _MissedError(why)
+
+    def _refused(self, link: Link, session: Session, err: FeedError) -> _MissedError:
+        """A server's refusal of a request: _MissedError where another try may help. Raises TeacherRefusedError."""
+        if err.code == "mismatch":
+            # Perhaps a restarted server that was never greeted; greeting it tells.
+            with self._keeper.changed:
+                if link.session is session:
+                    link.session, link.not_before = None, 0.0
+                    link.contradicted = (session.welcome.instance, str(err))
+                    self._keeper.changed.notify_all()
+            session.retire()
+        elif err.code == "draining":
+            self._keeper.drained(link, session, err.endpoints)
+        elif err.code == "retry_later":
+            with self._keeper.changed:
+                link.pause(self._pace, max(err.retry_after_s, self._pace.first_pause_s / 4))
+        elif err.code == "internal":
+            with self._keeper.changed:
+                link.failures += 1
+                link.pause(self._pace)
+            logger.warning("teacher server %s: an error of its own: %s", link.endpoint, err)
+        else:
+            raise refusal(link.endpoint, err)
+        return _MissedError(str(err))

@@ -1,0 +1,143 @@
+"""Who may have how much at once: a bound per client, and one on the bytes of all answers that are being made or sent.
+
+An answer's bytes count from before it is made until whoever sends it lets go of its `Lease`. Nothing waits here: what does not fit is
+refused with retry_later, so a client that does not read holds at most its own share. A client that is silent for several heartbeats
+is forgotten; what is still being sent to it counts on, because its memory is still in use.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from m2mkd_ds.teacher.protocol.wire import FeedError, Limits
+from m2mkd_ds.teacher.server.counters import Counters
+
+SILENT_HEARTBEATS = 4
+"""A client that says nothing for longer is forgotten."""
+MAX_CLIENTS = 4096
+_MIN_RETRY_S, _MAX_RETRY_S = 0.05, 5.0
+
+_Held = TypeVar("_Held")
+
+
+class Lease(Generic[_Held]):
+    """Something admitted, until `release`; also a context manager. Letting go twice is harmless."""
+
+    def __init__(self, answer: _Held, release: Callable[[], None]) -> None:
+        self.answer = answer
+        self._release: Callable[[], None] | None = release
+        self._lock = threading.Lock()
+
+    def release(self) -> None:
+        """The bytes have been sent, or never will be."""
+        with self._lock:
+            release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> _Held:
+        return self.answer
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+@dataclass
+class _Client:
+    last_heard: float
+    in_flight: int = 0
+
+
+class Admission:
+    """Keeps count. Safe from several threads; a call takes microseconds."""
+
+    def __init__(self, limits: Limits, max_bytes: int, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits, self._max_bytes, self._counters, self._clock = limits, max_bytes, counters, clock
+        self._changed = threading.Condition()
+        self._clients: dict[str, _Client] = {}
+        self._in_flight, self._bytes = 0, 0
+        self._mean_s = _MIN_RETRY_S
+        """Of making and sending one answer, lately."""
+
+    @property
+    def in_flight(self) -> int:
+        """Answers being made or sent."""
+        return self._in_flight
+
+    @property
+    def num_bytes(self) -> int:
+        """Of these."""
+        return self._bytes
+
+    @property
+    def num_clients(self) -> int:
+        """Heard of lately."""
+        with self._changed:
+            self._forget_silent()
+            return len(self._clients)
+
+    def heard(self, name: str) -> None:
+        """A client greets. Raises FeedError(retry_later) for one too many."""
+        with self._changed:
+            self._client(name)
+
+    def refresh(self, name: str) -> None:
+        """A sign of life of a client that is known; of another one it means nothing."""
+        with self._changed:
+            if name in self._clients:
+                self._client(name)
+
+    def admit(self, name: str, num_bytes: int) -> Callable[[], None]:
+        """What gives back the place. Raises FeedError: bad_request for what never fits, retry_later for what does not fit now."""
+        if num_bytes > self._max_bytes:
+            raise FeedError(
+                "bad_request", f"an answer of {num_bytes} bytes; this server holds at most {self._max_bytes} of all answers: ask for less"
+            )
+        with self._changed:
+            client = self._client(name)
+            if client.in_flight >= self._limits.max_in_flight:
+                raise self._later(f"this client has {client.in_flight} answers in flight; {self._limits.max_in_flight} are allowed")
+            if self._bytes + num_bytes > self._max_bytes:
+                raise self._later(f"answers of {self._bytes} bytes are in flight; {num_bytes} more would be above {self._max_bytes}")
+            client.in_flight += 1
+            self._in_flight += 1
+            self._bytes += num_bytes
+        began = self._clock()
+        return lambda: self._give_back(client, num_bytes, began)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Whether nothing is in flight, within the time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight == 0, timeout_s)
+
+    def _give_back(self, client: _Client, num_bytes: int, began: float) -> None:
+        with self._changed:
+            client.in_flight -= 1
+            self._in_flight -= 1
+            self._bytes -= num_bytes
+            self._mean_s += 0.1 * (self._clock() - began - self._mean_s)
+            self._changed.notify_all()
+
+    def _client(self, name: str) -> _Client:
+        self._forget_silent()
+        client = self._clients.get(name)
+        if client is None:
+            if len(self._clients) >= MAX_CLIENTS:
+                raise self._later(f"{MAX_CLIENTS} clients are here already")
+            client = self._clients[name] = _Client(self._clock())
+        client.last_heard = self._clock()
+        return client
+
+    def _forget_silent(self) -> None:
+        latest = self._clock() - SILENT_HEARTBEATS * self._limits.heartbeat_s
+        for name in [name for name, client in self._clients.items() if client.last_heard < latest]:
+            del self._clients[name]
+            self._counters.add("evicted_clients")
+
+    def _later(self, why: str) -> FeedError:
+        return FeedError("retry_later", why, retry_after_s=min(max(self._mean_s, _MIN_RETRY_S), _MAX_RETRY_S))
