@@ -1,4 +1,4 @@
-"""A teacher server on Arrow Flight: hello and status are actions, golden and get are DoGet; see flight_parts.py for the bytes.
+"""A teacher server on Arrow Flight: hello and status are actions, golden and get are DoGet; see parts.py for the bytes.
 
 pyarrow's server has no time limits of its own: it cannot cancel a call, and its shutdown() waits for every handler. So this file counts
 the calls under way and, where one must end, cuts its TCP connection: gRPC then fails the blocked write, and the handler returns. That

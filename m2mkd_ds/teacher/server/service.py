@@ -1,4 +1,4 @@
-"""A teacher server without a transport: greets, answers, limits and drains. Transports (flight_server.py, shm_server.py) call it.
+"""A teacher server without a transport: greets, answers, limits and drains. Transports (flight/server.py, shm/server.py) call it.
 
 Safe to call from several threads: every transport brings its own. A transport takes `answering`, and lets go of the lease once the
 bytes are sent or the client is gone: until then they count against the server's bound.

@@ -1,6 +1,6 @@
-"""A trainer's link to the teacher server of its own host: the other end of shm_server.py.
+"""A trainer's link to the teacher server of its own host: the other end of server.py.
 
-Every call under way has a lane of its own (shm_client_lane.py): one that is idle, or a new one. A call that fails closes its lane, so
+Every call under way has a lane of its own (client_lane.py): one that is idle, or a new one. A call that fails closes its lane, so
 whatever the server still says to it reaches nobody. Answers are copied out of the segment, into memory that is used again once the last
 tensor over it is gone: what a caller holds never changes, and the server gets its segment back at once.
 """

@@ -1,4 +1,4 @@
-"""One socket and segment to the server of this host (shm_frames.py), as the trainer sees it: one request at a time."""
+"""One socket and segment to the server of this host (frames.py), as the trainer sees it: one request at a time."""
 
 from __future__ import annotations
 

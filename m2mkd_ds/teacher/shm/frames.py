@@ -4,7 +4,7 @@
     asks    H Hello   G Golden   B GetBatch   S Status   A Ack (the answer has been copied; its segment may be written again)
     tells   W Welcome   T Status   R Ready (an answer lies in the segment)   E Refusal
 
-A socket carries one request at a time, and its answers lie in one segment (shm_segment.py): a *lane*. A client with several requests under
+A socket carries one request at a time, and its answers lie in one segment (segment.py): a *lane*. A client with several requests under
 way has as many lanes; late answers of an abandoned request end with their lane.
 """
 

@@ -1,4 +1,4 @@
-"""One trainer's lane through the socket of shm_server.py, as the server sees it: a request, an answer in the segment, an Ack, and again."""
+"""One trainer's lane through the socket of server.py, as the server sees it: a request, an answer in the segment, an Ack, and again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an answer's tensors lie between two processes of a host: memory without a name (memfd), one segment a lane (shm_frames.py).
+"""Where an answer's tensors lie between two processes of a host: memory without a name (memfd), one segment a lane (frames.py).
 
     segment    a header page (magic, generation), then the tensors in the order of the answer's head, each at a multiple of 64 bytes
 

@@ -1,6 +1,6 @@
 """The teacher server for trainers on its own host: a Unix socket for messages, memory without a name for tensors (docs/teacher_server.md).
 
-One thread accepts, and one serves each lane (shm_lanes.py): read a request, let the service answer, copy the answer into the lane's
+One thread accepts, and one serves each lane (lanes.py): read a request, let the service answer, copy the answer into the lane's
 segment, say Ready, wait for the Ack. A segment is written again after its Ack only, and freed when its lane ends: when the client closes it
 or dies, says nothing for `silence_s`, or breaks the rules. So a slow client holds its own lanes and nothing else.
 """
