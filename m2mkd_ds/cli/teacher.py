@@ -21,7 +21,7 @@ def teacher_server(
     run_dir: str = "",
     pair: str = "all",
     plan: bool = False,
-    options: tyro.conf.OmitArgPrefixes[ServerOptions],
+    server: tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[ServerOptions]],
     set: Overrides = (),
 ) -> None:
     """Serve hidden states and teacher logits to trainers on this host or elsewhere, until SIGTERM.
@@ -44,7 +44,7 @@ def teacher_server(
         run_dir: Run folder; by default the one that config.yaml lies in, or the recipe's name under runs/.
         pair: Teaching pairs to serve: `all`, or numbers such as 0,2.
         plan: Print what the teacher side costs (operations, bytes a second, servers for each student GPU) and stop.
-        options: Addresses, security and bounds.
+        server: Addresses, security and bounds.
         set: Override config fields; data.num_workers says how many processes decode.
     """
     resolved = resolve(config, recipe, run_dir, set)
@@ -53,11 +53,11 @@ def teacher_server(
 
         out(format_plan(plan_teacher(resolved, Cluster())))
         return
-    options.check()
+    server.check()
     from m2mkd_ds.train.teacher_serve import serve
 
     setup_logging()
-    serve(resolved, options, pair)
+    serve(resolved, server, pair)
 
 
 @app.command(name="teacher-export")

@@ -73,10 +73,10 @@ def check_specs(head: AnswerHead, specs: Sequence[TensorSpec], request: GetBatch
     _check_together(given, head.erase_pixels, count)
 
 
-def check_answer(answer: Answer, request: GetBatch, shapes: AnswerShapes, *, finite: bool = False) -> None:
-    """Raises LinkError(corrupt) for an answer that is not one to `request`, FeedError(poisoned) for targets or logits that are not finite.
+def check_answer(answer: Answer, request: GetBatch, shapes: AnswerShapes, *, finite: bool = True) -> None:
+    """Raises LinkError(corrupt) for an answer that is not one to `request`, FeedError(poisoned) for numbers that are not finite.
 
-    `finite`: look for NaN and infinity in hidden states and images, too, which reads all of them once more.
+    `finite`: look into hidden states and images, too, not only into targets and logits: 3 ms for 52 MB.
     """
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     specs = [TensorSpec(name, names[t.dtype], tuple(t.shape)) for name, t in answer.tensors.items()]  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def check_answer(answer: Answer, request: GetBatch, shapes: AnswerShapes, *, fin
     tensors = answer.tensors
     for name, tensor in tensors.items():
         small = name.startswith("logits.") or name.endswith(("targets", ".scale", "shares"))
-        if tensor.is_floating_point() and (small or finite) and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and (small or finite) and not is_finite(tensor):
             slots = tuple(range(request.start, request.start + request.layout.micro_batch_size))
             raise FeedError("poisoned", f"{name} of slots {slots[0]} to {slots[-1]} is not finite", slots=slots)
     for name in ("targets", "image.targets", "image.shares"):
@@ -96,6 +96,12 @@ def check_answer(answer: Answer, request: GetBatch, shapes: AnswerShapes, *, fin
     if "image.erase" in tensors:
         _check_erase(tensors["image.erase"], answer.head.erase_pixels, request.layout.micro_batch_size, shapes.image_size)
     _check_range(tensors, "image.boxes", 0, shapes.image_size)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, in one pass without temporary memory; torch.isfinite takes 40 times as long."""
+    # NaN anywhere makes both NaN.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _check_head(head: AnswerHead, request: GetBatch) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -216,11 +217,17 @@ def check_tail(part: bytes | memoryview, sums: Sequence[int], num_bytes: int) ->
 
 def checksum(part: bytes | memoryview) -> int:
     """xxh3-64: about a tenth of the time of CRC-32; it finds damage, and is no signature."""
+    return _xxh3()(part)
+
+
+@cache
+def _xxh3() -> Callable[[bytes | memoryview], int]:
+    """Looked up once: an import statement costs as much as the sum of a small piece."""
     try:
         from xxhash import xxh3_64_intdigest
     except ImportError as err:
         raise ImportError(f"a teacher server and its trainers need xxhash ({err}): pip install m2mkd_ds[teacher]") from err
-    return int(xxh3_64_intdigest(part))
+    return xxh3_64_intdigest
 
 
 def _spec_of(name: str, tensor: Tensor) -> TensorSpec:

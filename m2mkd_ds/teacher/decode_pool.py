@@ -1,10 +1,10 @@
-"""Decoding for a server: any micro-batch of any layout, in spawned processes, several at a time.
+"""Decoding for a server: any micro-batch of any layout, in processes of its own, several at a time.
 
     decode(layout, step, micro_step, rank) -> a free worker's process -> images through memory shared with it -> WorkerBatch
 
 One thread talks to one worker at a time over a pipe of their own, so a dead worker can leave no lock behind: its thread sees the end
-of the process, starts another in its place and tries once more. Workers are spawned, because a forked child of a process with
-threads or CUDA may hang. With num_workers=0 the calling thread decodes.
+of the process, starts another in its place and tries once more. Workers start as a loader's do (data/worker_start.py): the server
+itself, with its threads and CUDA, is never forked. With num_workers=0 the calling thread decodes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.multiprocessing
+import torch.multiprocessing  # teaches pipes to pass tensors by reference
 from torch import Tensor
 
 from m2mkd_ds.config import DataConfig
@@ -31,14 +31,14 @@ from m2mkd_ds.data.batches import TrainBatches
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.data.shards.processes import end_with_parent
+from m2mkd_ds.data.worker_start import worker_context
 from m2mkd_ds.data_config import check_mixing
 
 log = logging.getLogger("m2mkd_ds")
 
 MAX_LAYOUTS = 4
 """Layouts that are kept ready; each holds up to two epochs' orders."""
-SLACK_S = 60.0
-"""What a micro-batch may take beyond the time that its shards may take."""
 _CLOSE_S = 5.0
 
 
@@ -53,11 +53,13 @@ class Stream:
     index: ShardIndex
     data: DataConfig
     seed: int
+    slack_s: float = 60.0
+    """What a micro-batch may take beyond the time that its shards may take; the start of a process counts, too."""
 
     @property
     def timeout_s(self) -> float:
         """How long one micro-batch may take: reads have a deadline of their own, and come first."""
-        return 2 * self.data.io_deadline_s + SLACK_S
+        return 2 * self.data.io_deadline_s + self.slack_s
 
     def image_bytes(self, count: int) -> int:
         """Bytes of decoded images: uint8 with decode=fast, else fp32."""
@@ -220,7 +222,7 @@ class _Worker:
         """Unless it runs."""
         if self._process is not None:
             return
-        context = torch.multiprocessing.get_context("spawn")
+        context = worker_context()
         self._link, theirs = context.Pipe()
         self._memory = torch.empty(0, dtype=torch.uint8)
         process = context.Process(target=_work, args=(theirs, self._stream), daemon=True, name="m2mkd-decode")
@@ -271,7 +273,8 @@ class _Worker:
 
 
 def _work(jobs: Connection, stream: Stream) -> None:
-    """The worker's process: until the other end of its pipe is closed, or gone."""
+    """The worker's process: until the other end of its pipe is closed."""
+    end_with_parent()
     # Ctrl-C goes to the whole group; the server ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol
 from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.endpoints import by_preference
-from m2mkd_ds.teacher.keeper import Keeper, refusal
+from m2mkd_ds.teacher.keeper import Keeper, named, refusal
 from m2mkd_ds.teacher.links import Counts, Link, Pace, Session, StoppedError, TeacherLostError
 from m2mkd_ds.teacher.wire import Answer, FeedError, GetBatch, Hello, LinkError
 
@@ -129,7 +129,7 @@ class Servers:
             is_broken = link.spoiled >= self._pace.spoiled
             if is_broken:
                 link.spoiled = 0
-        logger.warning("teacher server %s: an answer was dropped: %s", link.endpoint, why)
+        logger.warning("teacher server %s; this answer was dropped", named(link.endpoint, why))
         if is_broken:
             self._keeper.lost_link(link, session, why)
         return _MissedError(why)

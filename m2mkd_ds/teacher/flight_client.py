@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from m2mkd_ds.teacher import codec
+from m2mkd_ds.teacher.buffers import BufferPool
 from m2mkd_ds.teacher.flight_faults import feed_or_link_error, seconds_left, unreachable
 from m2mkd_ds.teacher.flight_parts import (
     GET,
@@ -44,17 +45,24 @@ CHANNEL = (
 )
 """gRPC's channel arguments."""
 
+MAX_BUFFERS, MAX_POOL_BYTES = 1024, 2**40
+"""Of a link's own pool: as many as answers are alive at a time, which the trainer's prefetch bounds."""
+
 
 class FlightConnection:
     """A `Connection` (connection.py) to HOST:PORT."""
 
-    def __init__(self, endpoint: str, security: ClientSecurity) -> None:
-        """Connects nothing yet. Raises ConfigError for certificates or a token that cannot be used."""
+    def __init__(self, endpoint: str, security: ClientSecurity, pool: BufferPool | None = None) -> None:
+        """Connects nothing yet. `pool` lends the memory of micro-batches; without one, the link has its own.
+
+        Raises ConfigError for certificates or a token that cannot be used.
+        """
         self._pid, self._closed = os.getpid(), False
         self._host, self._port = split_address(endpoint)
         self.endpoint = join_address(self._host, self._port)
         self._keys = keys = security.load()
         self._max_answer_bytes = 0
+        self._pool = pool or BufferPool(MAX_BUFFERS, MAX_POOL_BYTES)
         self._streams: set[Any] = set()
         self._lock = threading.Lock()
         tls = {"tls_root_certs": keys.authority, "cert_chain": keys.cert or None, "private_key": keys.key or None} if keys.authority else {}
@@ -73,11 +81,11 @@ class FlightConnection:
 
     def golden(self, request: Golden, deadline_s: float) -> Answer:
         """Outputs for the synthetic images."""
-        return self._fetch(GOLDEN + pack(request), deadline_s)
+        return self._fetch(GOLDEN + pack(request), deadline_s, None)
 
     def get(self, request: GetBatch, deadline_s: float) -> Answer:
         """One micro-batch, checksums compared."""
-        return self._fetch(GET + pack(request), deadline_s)
+        return self._fetch(GET + pack(request), deadline_s, self._pool)
 
     def close(self) -> None:
         """End calls under way: those that wait for a server that lives at once, those to a frozen one at their deadline."""
@@ -109,7 +117,7 @@ class FlightConnection:
         except FeedError as err:
             raise LinkError("corrupt", f"{self.endpoint}: its answer to {name} cannot be read ({err})") from None
 
-    def _fetch(self, ticket: bytes, deadline_s: float) -> Answer:
+    def _fetch(self, ticket: bytes, deadline_s: float, pool: BufferPool | None) -> Answer:
         if not self._max_answer_bytes:
             raise RuntimeError("say hello() first: it brings the limits that answers are held to")
         flight = import_flight()
@@ -119,7 +127,7 @@ class FlightConnection:
                 self._enter(stream)
                 if stream.schema != schema():
                     raise LinkError("corrupt", f"{self.endpoint}: the stream has another form than ours")
-                return _read(_parts(stream), self._max_answer_bytes)
+                return _read(_parts(stream), codec.FrameReader(max_bytes=self._max_answer_bytes, pool=pool, wait_s=deadline_s))
             finally:
                 self._leave(stream)
 
@@ -182,9 +190,9 @@ def _parts(stream: Any) -> Iterator[memoryview]:
         yield from_batch(batch)
 
 
-def _read(parts: Iterator[memoryview], max_bytes: int) -> Answer:
+def _read(parts: Iterator[memoryview], reader: codec.FrameReader) -> Answer:
     """The answer in a stream of parts, the last of which is the tail. Raises the refusal that stands in its place."""
-    reader, first = codec.FrameReader(max_bytes=max_bytes), next(parts, None)
+    first = next(parts, None)
     if first is None:
         raise LinkError("corrupt", "an empty stream")
     raise_refusal(first)

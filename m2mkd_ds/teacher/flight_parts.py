@@ -12,10 +12,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from m2mkd_ds.teacher.wire import CHUNK_BYTES, MAX_MESSAGE_BYTES, ErrorCode, FeedError, LinkError, Position
+from m2mkd_ds.teacher.wire import MAX_MESSAGE_BYTES, ErrorCode, FeedError, LinkError, Position
 
-MAX_PART_BYTES = 2 * CHUNK_BYTES
-"""Largest record batch a client takes; gRPC compares its announced size before it makes room."""
+PIECE_BYTES = 2**20
+"""Of a frame that goes over Flight: gRPC copies a part once more, and one of this size is still in the processor's cache then."""
+MAX_PART_BYTES = 4 * 2**20
+"""Largest record batch that a client takes; gRPC compares its announced size before it makes room."""
 MAX_TICKET_BYTES = MAX_MESSAGE_BYTES + 16
 GET, GOLDEN = b"get ", b"golden "
 """A ticket is one of these and the packed message."""

@@ -17,12 +17,14 @@ from typing import Any
 
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher import codec
+from m2mkd_ds.teacher.admission import Lease
 from m2mkd_ds.teacher.flight_gate import FailureLimit, make_middleware
 from m2mkd_ds.teacher.flight_parts import (
     GET,
     GOLDEN,
     HELLO,
     MAX_TICKET_BYTES,
+    PIECE_BYTES,
     STATUS,
     import_flight,
     pack_refusal,
@@ -47,8 +49,8 @@ class _Call:
     """One call under way."""
 
     peer: str
-    num_bytes: int = 0
-    """Of the answer that is being sent; 0 while it is made."""
+    sending: bool = False
+    """Whether the answer is made and on its way."""
     moved: float = 0.0
     """When the client last took a part."""
 
@@ -123,34 +125,28 @@ class FlightTransport:
     def _parts(self, peer: str, authorised: bool, ticket: bytes) -> Iterator[Any]:
         try:
             with self._counted(peer, authorised) as call:
-                self._room()
-                answer = self._answer(ticket)
-                frame = codec.encode(answer)
-                call.moved, call.num_bytes = time.monotonic(), answer.num_bytes
-                for part in frame.parts():
-                    call.moved = time.monotonic()
-                    yield to_batch(part)
-                    if self._hard.is_set():
-                        raise ConnectionAbortedError("the server stops")
+                with self._answer(ticket) as answer:
+                    frame = codec.encode(answer, PIECE_BYTES)
+                    call.moved, call.sending = time.monotonic(), True
+                    for part in (frame.head, *frame.pieces):
+                        yield to_batch(part)
+                        call.moved = time.monotonic()
+                        if self._hard.is_set():
+                            raise ConnectionAbortedError("the server stops")
+                # Not under the lease: who has the tail may ask for the next answer, and shall not be told that this one is in flight.
+                yield to_batch(frame.tail)
         except FeedError as err:
             yield to_batch(pack_refusal(err))
 
-    def _answer(self, ticket: bytes) -> Answer:
+    def _answer(self, ticket: bytes) -> Lease[Answer]:
+        """The answer to a ticket, whose bytes count until it is sent. Raises FeedError."""
         if len(ticket) > MAX_TICKET_BYTES:
             raise FeedError("bad_request", f"a ticket of {len(ticket)} bytes; at most {MAX_TICKET_BYTES} are allowed")
-        try:
-            if ticket.startswith(GET):
-                return self._service.get(unpack(GetBatch, ticket[len(GET) :]))
-            if ticket.startswith(GOLDEN):
-                return self._service.golden(unpack(Golden, ticket[len(GOLDEN) :]))
-        except ValueError as err:  # no micro-batch begins there, or no such pair
-            raise FeedError("bad_request", str(err)) from err
+        if ticket.startswith(GET):
+            return self._service.answering(unpack(GetBatch, ticket[len(GET) :]))
+        if ticket.startswith(GOLDEN):
+            return Lease(self._service.golden(unpack(Golden, ticket[len(GOLDEN) :])), lambda: None)
         raise FeedError("bad_request", "a ticket begins with `get` or `golden`")
-
-    def _room(self) -> None:
-        sending = sum(call.num_bytes for call in self._all_calls())
-        if sending >= self._service.options.max_bytes:
-            raise FeedError("retry_later", f"answers of {sending} bytes are being sent: the server is full", retry_after_s=0.5)
 
     @contextmanager
     def _call(self, context: Any) -> Iterator[_Call]:
@@ -189,7 +185,7 @@ class FlightTransport:
 
     def _cut(self, which: Callable[[_Call], bool]) -> None:
         for call in self._all_calls():
-            if which(call) and call.num_bytes and cut_connection(call.peer):
+            if which(call) and call.sending and cut_connection(call.peer):
                 logger.warning("teacher server: cut off %s", call.peer)
 
     def _watch(self) -> None:

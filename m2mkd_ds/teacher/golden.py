@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from m2mkd_ds.data_config import DataConfig
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
+from m2mkd_ds.teacher.answer_check import is_finite
 from m2mkd_ds.teacher.connection import Connection
 from m2mkd_ds.teacher.handshake import golden_images
 from m2mkd_ds.teacher.wire import Answer, FeedError, Golden, LinkError, Welcome
 
-TOLERANCES: dict[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Largest difference between two right implementations, over the largest number of the tensor. fp32: the order of sums only, so TF32
-(about 1e-3) is refused. fp16, bf16: a few roundings of 2^-11 and 2^-8 a block."""
+TOLERANCES: dict[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 5e-2}
+"""How far two right implementations may be apart (`row_difference`). fp32: the order of sums only, so TF32 (about 1e-3) is refused.
+fp16, bf16: a few roundings of 2^-11 and 2^-8 a block; ViTs of 4 to 24 blocks were measured, against fp64, at 2.4e-6, 2.6e-3 and 2.2e-2."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class GoldenReport:
     digest: str
     """Of the server's answer: servers with the same one are the same to the last bit."""
     differences: Mapping[str, float] = field(default_factory=dict)
-    """Largest difference by tensor, over its largest number."""
+    """By tensor, as `row_difference`."""
     unchecked: tuple[str, ...] = ()
     """Tensors that the trainer has no stages for."""
 
@@ -78,7 +79,7 @@ def check_golden(
         if given.shape != expected.shape:
             raise FeedError("mismatch", f"{connection.endpoint}: golden {name} is {list(given.shape)}, here it is {list(expected.shape)}")
         _check_dtype(connection.endpoint, name, given, expected, dtype)
-        differences[name] = _difference(given, expected)
+        differences[name] = row_difference(given, expected)
         # Written so that NaN is refused, too.
         if not differences[name] <= allowed:
             raise FeedError("mismatch", _told(connection.endpoint, name, given, expected, allowed, dtype))
@@ -97,7 +98,7 @@ def _check_form(answer: Answer, request: Golden, data: DataConfig) -> None:
         expected = images if name == "hidden.0" else (images[0], data.num_classes) if kind == "logits" else None
         if tensor.dtype != torch.float32 or (expected is not None and tensor.shape != expected):
             raise LinkError("corrupt", f"golden {name} is {tensor.dtype} {list(tensor.shape)}; expected fp32 {expected or ''}")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise FeedError("poisoned", f"golden {name}: the output of pair {pair} is not finite")
 
 
@@ -154,16 +155,20 @@ def _check_dtype(endpoint: str, name: str, given: Tensor, expected: Tensor, dtyp
         )
 
 
-def _difference(given: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest number."""
-    return float((given.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
+def row_difference(given: Tensor, expected: Tensor) -> float:
+    """Largest length of a difference over the length of what was expected, both of rows [..., D]: a token's, or an image's logits.
+
+    By rows, because trained ViTs have a few tokens a hundred times as large as the others, behind which these could be anything.
+    """
+    given, expected = given.double(), expected.double()
+    return float(((given - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
 
 
 def _told(endpoint: str, name: str, given: Tensor, expected: Tensor, allowed: float, dtype: torch.dtype) -> str:
     return (
-        f"{endpoint}: golden {name} of pair {name.rpartition('.')[2]} differs by {float((given - expected).abs().max()):.3g}, "
-        f"{_difference(given, expected):.3g} of its largest number; allowed is {allowed:g} in {dtype}. Server and trainer do not compute "
-        "the same: compare precision, torch.backends settings (TF32), versions and the weights' files on both sides"
+        f"{endpoint}: golden {name} of pair {name.rpartition('.')[2]} differs by {float((given - expected).abs().max()):.3g} "
+        f"and in one row by {row_difference(given, expected):.3g} of its length; allowed is {allowed:g} in {dtype}. Server and trainer do "
+        "not compute the same: compare precision, torch.backends settings (TF32), versions and the weights' files on both sides"
     )
 
 

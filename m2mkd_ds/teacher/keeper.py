@@ -65,7 +65,7 @@ class Keeper:
         """Every server and what went wrong with it last."""
         with self.changed:
             told = {link.endpoint: link.gone or link.trouble or "no answer yet" for link in self.links.values()}
-        return "; ".join(why if endpoint in why else f"{endpoint}: {why}" for endpoint, why in told.items())
+        return "; ".join(named(endpoint, why) for endpoint, why in told.items())
 
     def stop(self) -> None:
         """End all calls under way; whoever fetches gets StoppedError."""
@@ -96,7 +96,7 @@ class Keeper:
                 link.failures += 1
                 link.pause(self._pace)
                 if not self.stopping:
-                    logger.warning("teacher server %s: %s; connecting again", link.endpoint, why)
+                    logger.warning("teacher server %s; connecting again", named(link.endpoint, why))
                 self.changed.notify_all()
         session.retire()
 
@@ -201,7 +201,7 @@ class Keeper:
         except LinkError as err:
             with self.changed:
                 if not link.failures:
-                    logger.warning("teacher server %s: %s", link.endpoint, err)
+                    logger.warning("teacher server %s", named(link.endpoint, str(err)))
                 link.failures += 1
                 link.gone = str(err)
                 link.pause(self._pace)
@@ -240,6 +240,8 @@ class Keeper:
         instance, sentence = link.contradicted
         if welcome.instance == instance:
             raise refusal(link.endpoint, FeedError("mismatch", sentence))
+        if not self._hello.oldest_protocol <= welcome.protocol <= self._hello.newest_protocol:
+            raise refusal(link.endpoint, FeedError("mismatch", f"protocol: it chose {welcome.protocol}, which this trainer does not speak"))
         for name, ours in self._hello.fingerprints.items():
             if welcome.fingerprints.get(name) != ours:
                 raise refusal(link.endpoint, FeedError("mismatch", f"{name}: the trainer has {ours}, it {welcome.fingerprints.get(name)}"))
@@ -263,6 +265,11 @@ class Keeper:
                 self.drained(link, session, status.endpoints)
             elif status.instance != session.welcome.instance:
                 self.lost_link(link, session, "it was started anew")
+
+
+def named(endpoint: str, why: str) -> str:
+    """`why` with the endpoint in front, once."""
+    return why if why.startswith(endpoint) else f"{endpoint}: {why}"
 
 
 def refusal(endpoint: str, err: FeedError) -> TeacherRefusedError:

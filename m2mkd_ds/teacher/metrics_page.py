@@ -14,6 +14,9 @@ from m2mkd_ds.teacher.wire import Status
 
 PREFIX = "m2mkd_teacher_"
 REQUEST_TIMEOUT_S = 5.0
+GAUGES = ("in_flight", "in_flight_bytes", "clients", "cache_bytes", "capacity_images_per_s", "draining")
+"""Numbers that go up and down; all others only grow."""
+_LABELLED = (("errors_", "errors_total", "code"), ("hits_", "cache_hits_total", "level"), ("misses_", "cache_misses_total", "level"))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -72,18 +75,17 @@ class MetricsPage:
         return 404, plain, b"/metrics, /live and /ready are here\n"
 
     def collect(self) -> Iterator[Any]:
-        """What prometheus-client calls for every scrape. Names ending in _total are counters, the others gauges."""
+        """What prometheus-client calls for every scrape."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
         yield InfoMetricFamily(f"{PREFIX}server", "Versions and fingerprints of this server", value=self._facts)
         families: dict[str, Any] = {}
         for name, value in sorted(self._counters().items()):
-            base, _, label = name.partition("{")  # at most one label: errors_total{code=draining}
-            key, _, word = label.rstrip("}").partition("=")
+            base, key, word = exported(name)
             kind = CounterMetricFamily if base.endswith("_total") else GaugeMetricFamily
             if base not in families:
-                families[base] = kind(PREFIX + base, base.replace("_", " "), labels=[key] if label else [])
-            families[base].add_metric([word] if label else [], value)
+                families[base] = kind(PREFIX + base, base.replace("_", " "), labels=[key] if key else [])
+            families[base].add_metric([word] if key else [], value)
         yield from families.values()
 
     def close(self) -> None:
@@ -91,3 +93,13 @@ class MetricsPage:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=2.0)
+
+
+def exported(name: str) -> tuple[str, str, str]:
+    """(Prometheus name, label, its value) of one of the service's numbers: `errors_draining` -> errors_total{code="draining"}."""
+    for start, base, label in _LABELLED:
+        if name.startswith(start):
+            return base, label, name.removeprefix(start)
+    if name in GAUGES:
+        return name, "", ""
+    return (f"{name.removesuffix('_s')}_seconds_total" if name.endswith("_s") else f"{name}_total"), "", ""

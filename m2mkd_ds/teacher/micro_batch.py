@@ -26,6 +26,7 @@ from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.counters import Counters
 from m2mkd_ds.teacher.decode_pool import Decoder
 from m2mkd_ds.teacher.numbers import peaks
+from m2mkd_ds.teacher.shards_ahead import ShardsAhead
 from m2mkd_ds.teacher.shared_cache import Entry
 from m2mkd_ds.teacher.turns import Turns
 
@@ -67,6 +68,7 @@ class Machine:
     turns: Turns
     """Of the device: one piece of work at a time, of one stage or module."""
     counters: Counters
+    shards_ahead: ShardsAhead | None
 
     def on_device(self) -> AbstractContextManager[object]:
         """A thread has a current GPU of its own."""
@@ -78,7 +80,7 @@ class MicroBatch:
 
     def __init__(self, machine: Machine, entry: Entry, layout: BatchLayout, start: int) -> None:
         self._machine, self._entry = machine, entry
-        self._layout, self._place = layout, layout.place(start)
+        self._layout, self._start, self._place = layout, start, layout.place(start)
 
     def images(self) -> WorkerBatch:
         """As a loader's worker makes them. Raises SampleError (transform), DecodeError."""
@@ -98,6 +100,8 @@ class MicroBatch:
         return self._entry.get("teacher", pair.index, lambda: self._teach(pair, hidden))
 
     def _decode(self) -> Images:
+        if self._machine.shards_ahead is not None:
+            self._machine.shards_ahead.advance(self._layout, self._start)
         with self._machine.counters.timed("decode_s"):
             batch = self._machine.decoder.decode(self._layout, *self._place)
         if batch.lost is not None:

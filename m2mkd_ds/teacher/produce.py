@@ -21,12 +21,14 @@ from m2mkd_ds.data.batch import WorkerBatch
 from m2mkd_ds.data.device_ops import Finisher
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.data.remote.files import CachedFiles
 from m2mkd_ds.distill.hybrid import FrozenMeta, freeze
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.counters import Counters
 from m2mkd_ds.teacher.decode_pool import LayoutBatches, Stream, make_decoder
 from m2mkd_ds.teacher.micro_batch import Machine, MicroBatch, Output
 from m2mkd_ds.teacher.numbers import bytes_of_hidden, largest, to_wire
+from m2mkd_ds.teacher.shards_ahead import ShardsAhead
 from m2mkd_ds.teacher.shared_cache import SharedCache
 from m2mkd_ds.teacher.turns import Turns
 from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch
@@ -80,6 +82,7 @@ class Producer:
             decoder=self._decoder, finish=Finisher(parts.data, parts.device, smoothing=parts.data.augment.label_smoothing), meta=parts.meta,
             teachers={i: freeze(module) for i, module in parts.teachers.items()}, device=parts.device, dtype=parts.dtype, turns=self.turns,
             counters=self.counters,
+            shards_ahead=ShardsAhead(stream, parts.index.files) if isinstance(parts.index.files, CachedFiles) else None,
         )  # fmt: skip
 
     @property
@@ -131,6 +134,8 @@ class Producer:
     def close(self) -> None:
         """End the workers; answers under way fail."""
         self._decoder.close()
+        if self._machine.shards_ahead is not None:
+            self._machine.shards_ahead.close()
 
     def _tensors(self, request: GetBatch, batch: MicroBatch) -> dict[str, Tensor]:
         """By the names of `Answer`, on the CPU."""

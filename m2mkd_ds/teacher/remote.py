@@ -26,7 +26,7 @@ from m2mkd_ds.teacher.keeper import Greeting, Keeper
 from m2mkd_ds.teacher.links import Counts, Pace, TeacherLostError
 from m2mkd_ds.teacher.prefetch import Place, Prefetcher
 from m2mkd_ds.teacher.receive import Assembler
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, Hello, WireDtype
+from m2mkd_ds.teacher.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION, Answer, Hello, WireDtype
 
 _WIRE_OF: dict[torch.dtype, WireDtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -83,7 +83,7 @@ class RemoteFeed:
         self._colocated: TeacherFeed | None = None
         self._is_closed = False
         hello = Hello(
-            oldest_protocol=PROTOCOL_VERSION, newest_protocol=PROTOCOL_VERSION, client=secrets.token_hex(8), rank=stream.rank,
+            oldest_protocol=OLDEST_PROTOCOL, newest_protocol=PROTOCOL_VERSION, client=secrets.token_hex(8), rank=stream.rank,
             layout=stream.layout, pairs=stream.pairs, payload=config.payload, wire_dtype=wire_dtype(config, assembler.dtype),
             with_teacher=stream.with_teacher, fingerprints=dict(stream.fingerprints),
         )  # fmt: skip

@@ -11,8 +11,9 @@ from m2mkd_ds.config import ConfigError
 class ServerOptions:
     """Options of `m2mkd teacher-server`."""
 
-    listen: tuple[str, ...] = ("127.0.0.1:8815",)
-    """HOST:PORT (port 0: any free one) for trainers elsewhere, unix:PATH for trainers on this host; several at once."""
+    listen: tuple[str, ...] = ()
+    """HOST:PORT (port 0: any free one) for trainers elsewhere, unix:PATH for trainers on this host; repeat it for both at once. Without
+    it: 127.0.0.1:8815."""
     tls_cert: str = ""
     """PEM file of this server's certificate; needed to listen beyond loopback, as the next three are."""
     tls_key: str = ""
@@ -38,13 +39,16 @@ class ServerOptions:
     grace_s: float = 30.0
     """After SIGTERM: how long running answers may take. A second SIGTERM, or Ctrl-C twice, ends at once."""
     others: tuple[str, ...] = ()
-    """Other teacher servers, named to trainers when this one drains."""
+    """Another teacher server, named to trainers when this one drains; repeat it for several."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where to listen."""
+        return self.listen or ("127.0.0.1:8815",)
 
     def check(self) -> None:
         """Raises ConfigError with one sentence."""
-        if not self.listen:
-            raise ConfigError("--listen is empty: give HOST:PORT or unix:PATH")
-        for address in (*self.listen, *((self.metrics,) if self.metrics else ())):
+        for address in (*self.addresses, *((self.metrics,) if self.metrics else ())):
             check_address(address)
         positive = ("cache_gb", "max_gb", "max_in_flight", "max_images", "heartbeat_s", "grace_s")
         for name in positive:

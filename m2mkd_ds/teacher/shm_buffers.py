@@ -1,17 +1,20 @@
 """Memory for received answers, used again once nobody holds a tensor in it.
 
-Fresh memory for a batch of 52 MB costs its page faults: three times to six times what copying into memory in use costs.
+Fresh memory for a batch of 52 MB costs its page faults, which take two to six times as long as copying into memory in use. Large pages make
+both quicker, and they begin where copying is at its best.
 """
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections import deque
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_GRAIN_BYTES = 1024 * 1024
+_PAGE_BYTES = 2 * 1024 * 1024
 
 
 class ReceiveBuffers:
@@ -19,15 +22,13 @@ class ReceiveBuffers:
 
     def __init__(self, keep: int) -> None:
         # No lock: memory may come back whenever the garbage collector runs, inside `lend` too. A deque's own steps are atomic.
-        self._free: deque[Tensor] = deque(maxlen=keep)
+        self._free: deque[mmap.mmap] = deque(maxlen=keep)
 
     def lend(self, num_bytes: int) -> Tensor:
         """A flat uint8 tensor. Its memory is used again when it and all its views are gone, whoever held them, and not before."""
-        raw = self._fitting(num_bytes)
-        if raw is None:
-            raw = torch.empty(max(1, -(-num_bytes // _GRAIN_BYTES)) * _GRAIN_BYTES, dtype=torch.uint8)
+        raw = self._fitting(num_bytes) or _large_pages(num_bytes)
         # torch keeps the array object, and nobody else does, until the last tensor over its memory is gone.
-        loan = raw.numpy()
+        loan = np.frombuffer(raw, dtype=np.uint8)
         weakref.finalize(loan, self._free.append, raw).atexit = False
         return torch.from_numpy(loan)[:num_bytes]
 
@@ -36,13 +37,22 @@ class ReceiveBuffers:
         """Pieces that nobody uses."""
         return len(self._free)
 
-    def _fitting(self, num_bytes: int) -> Tensor | None:
+    def _fitting(self, num_bytes: int) -> mmap.mmap | None:
         for _ in range(len(self._free)):
             try:
                 raw = self._free.popleft()
             except IndexError:
                 return None
-            if num_bytes <= len(raw) <= 2 * num_bytes + _GRAIN_BYTES:
+            if num_bytes <= len(raw) <= 2 * num_bytes + _PAGE_BYTES:
                 return raw
             self._free.append(raw)
         return None
+
+
+def _large_pages(num_bytes: int) -> mmap.mmap:
+    raw = mmap.mmap(-1, max(1, -(-num_bytes // _PAGE_BYTES)) * _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        raw.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pass  # a kernel without them: slower the first time, and otherwise the same
+    return raw

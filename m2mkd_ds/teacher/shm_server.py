@@ -73,7 +73,7 @@ class ShmTransport:
         return self._grants.num_bytes
 
     def start(self) -> None:
-        """Listen. Raises ValueError when the path is another live server's, no socket, or in no folder."""
+        """Listen; once only. Raises ValueError when the path is another live server's, no socket, or in no folder."""
         assert self._listener is None and not self._stopping, "a transport starts once"
         self._listener = shm_socket.listen(self.path)
         self._identity = shm_socket.identity_of(self.path)
@@ -87,16 +87,17 @@ class ShmTransport:
     def stop(self, grace_s: float = 10.0) -> bool:
         """Drain, wait up to `grace_s` for answers to be taken, close everything, remove the socket. False if answers were cut off."""
         self.drain()
-        if self._listener is None:
-            return True
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return True  # not started, or stopped already
         end = time.monotonic() + grace_s
         while any(lane.busy for lane in self._open()) and time.monotonic() < end:
             time.sleep(_POLL_S)
         self._stopping = True
         shm_socket.release(self.path, self._identity)
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept; closing would not
+        listener.shutdown(socket.SHUT_RDWR)  # wakes accept; closing would not
         self._acceptor.join(_END_S)
-        self._listener.close()
+        listener.close()
         whole = not any(lane.busy for lane in self._open())
         with self._lock:
             left = dict(self._lanes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -92,10 +93,11 @@ def check_feed(teacher: TeacherConfig) -> None:
 
 
 def _remote(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherFeed:
+    from m2mkd_ds.teacher.answer_check import answer_shapes
     from m2mkd_ds.teacher.connect import connect
-    from m2mkd_ds.teacher.handshake import check_golden
+    from m2mkd_ds.teacher.golden import check_golden
     from m2mkd_ds.teacher.receive import Assembler
-    from m2mkd_ds.teacher.remote import RemoteFeed, Stream
+    from m2mkd_ds.teacher.remote import LogitsFeed, RemoteFeed, Stream
 
     ctx, data = plan.ctx, plan.ctx.config.data
     device, dtype = ctx.world.device, ctx.dtype(plan.phase.precision)
@@ -107,12 +109,17 @@ def _remote(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherF
     )  # fmt: skip
 
     def golden(link: Connection, welcome: Welcome) -> None:
-        check_golden(link, welcome, pairs=plan.pairs, meta=plan.meta, data=data, device=device, dtype=dtype)
+        check_golden(
+            link, welcome, pairs=plan.pairs, meta=plan.meta, data=data, device=device, dtype=dtype, deadline_s=teacher.deadline_s
+        )  # fmt: skip
 
-    return RemoteFeed(
-        stream, settings, Assembler(data, plan.pairs, plan.meta, device=device, dtype=dtype), lambda endpoint: connect(endpoint, settings),
-        golden, plan.colocated if teacher.on_teacher_loss == "colocate" else None,
+    shapes = answer_shapes(ctx.config, precision=ctx.precision(plan.phase.precision))
+    feed = RemoteFeed(
+        stream, settings, Assembler(data, plan.pairs, plan.meta, shapes, device=device, dtype=dtype),
+        lambda endpoint: connect(endpoint, settings), golden,
+        plan.colocated if teacher.on_teacher_loss == "colocate" else None,
     )  # fmt: skip
+    return LogitsFeed(plan.colocated(start_step, with_teacher=False), feed) if teacher.payload == "logits" else feed
 
 
 def _replay(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherFeed:
@@ -127,6 +134,6 @@ def _replay(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherF
 
 def resolved_settings(ctx: RunContext, teacher: TeacherConfig, phase: PhaseConfig) -> TeacherConfig:
     """The settings with what follows from the run: the wire's dtype for `auto`, the socket in the run folder for feed=shm."""
-    exact = "bf16" if ctx.precision(phase.precision) == "bf16" else "fp32"
+    exact: Literal["bf16", "fp32"] = "bf16" if ctx.precision(phase.precision) == "bf16" else "fp32"
     wire = exact if teacher.wire_dtype == "auto" else teacher.wire_dtype
     return replace(teacher, wire_dtype=wire, endpoints=teacher.endpoints or (f"unix:{ctx.root / 'teacher.sock'}",))

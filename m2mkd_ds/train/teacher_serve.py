@@ -38,14 +38,16 @@ SERVED_PHASE = "m2mkd"
 class Transport(Protocol):
     """Something that listens and calls the service."""
 
-    endpoint: str
-    """What trainers write into teacher.endpoints."""
+    @property
+    def endpoint(self) -> str:
+        """What trainers write into teacher.endpoints."""
+        ...
 
     def start(self) -> None:
         """Listen and serve, in threads of its own. Raises ConfigError or OSError when the address cannot be had."""
         ...
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float) -> object:
         """End within about `grace_s`; answers that are then still running are cut off."""
         ...
 
@@ -57,7 +59,7 @@ def serve(config: RunConfig, options: ServerOptions, pairs: str = "all") -> None
     ctx = open_teacher(config)
     with ExitStack() as stack:
         service = stack.enter_context(closing(make_service(ctx, options, pairs)))
-        transports = [make_transport(service, address, options) for address in options.listen]
+        transports = [make_transport(service, address, options) for address in options.addresses]
         for transport in transports:
             transport.start()
             stack.callback(transport.stop, 0.0)

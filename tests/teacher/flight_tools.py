@@ -10,6 +10,7 @@ import torch
 import trustme
 
 from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.teacher.admission import Lease
 from m2mkd_ds.teacher.security import ClientSecurity, ServerSecurity
 from m2mkd_ds.teacher.service import TeacherService
 from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, GetBatch, Hello, Welcome
@@ -70,11 +71,12 @@ def request_of(welcome: Welcome, step: int = 0, pairs: tuple[int, ...] = (1,), a
 
 def pad_answers(service: TeacherService, megabytes: int) -> None:
     """Make every answer of a service larger by one tensor, so that it does not fit into sockets and windows at once."""
-    plain = service.get
+    plain = service.answering
     padding = torch.arange(megabytes * 2**20 // 8)
 
-    def padded(request: GetBatch) -> Answer:
-        answer = plain(request)
-        return replace(answer, tensors={**answer.tensors, "padding": padding})
+    def padded(request: GetBatch) -> Lease[Answer]:
+        lease = plain(request)
+        lease.answer = replace(lease.answer, tensors={**lease.answer.tensors, "padding": padding})
+        return lease
 
-    service.get = padded  # type: ignore[method-assign]
+    service.answering = padded  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher import codec
-from m2mkd_ds.teacher.answer_check import AnswerShapes, answer_shapes, check_answer, check_specs
+from m2mkd_ds.teacher.answer_check import AnswerShapes, answer_shapes, check_answer, check_specs, is_finite
 from m2mkd_ds.teacher.buffers import BufferPool
 from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch, LinkError
+from m2mkd_ds.teacher.wire import Answer, AnswerHead, FeedError, GetBatch, LinkError, Payload
 from tests.teacher.conftest import make_parts
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)
@@ -52,7 +53,7 @@ def good() -> Answer:
 
 
 def test_the_answer_that_was_asked_for_passes() -> None:
-    check_answer(good(), REQUEST, SHAPES, finite=True)
+    check_answer(good(), REQUEST, SHAPES)
     answer = good()
     for name in ("image.flip", "image.shares", "image.boxes"):
         del answer.tensors[name]
@@ -167,9 +168,21 @@ def test_hidden_states_are_searched_for_nan_when_asked_to() -> None:
     hidden = torch.zeros(4, 17, 200, dtype=torch.float16)
     hidden[3, 16, 199] = float("-inf")
     answer = Answer(head, {"hidden.2": hidden, "targets": torch.full((4, 10), 0.1)})
-    check_answer(answer, request, SHAPES)
+    check_answer(answer, request, SHAPES, finite=False)
     with pytest.raises(FeedError, match=r"hidden\.2"):
-        check_answer(answer, request, SHAPES, finite=True)
+        check_answer(answer, request, SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nan_and_infinity_are_found_at_any_place(dtype: torch.dtype) -> None:
+    # 1031 numbers: vectorised loops and what is left over behind them
+    tensor = torch.linspace(-60000, 60000, 1031).to(dtype)
+    assert is_finite(tensor) and is_finite(torch.empty(0, dtype=dtype))
+    for place in range(0, 1031, 7):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            spoilt = tensor.clone()
+            spoilt[place] = value
+            assert not is_finite(spoilt), (place, value)
 
 
 @pytest.mark.parametrize("decode", ["pil", "fast"])
@@ -179,12 +192,12 @@ def test_what_a_real_server_answers_passes(tiny_config: RunConfig, tiny_index: S
     # 16 pixels in patches of 4: 16 patches and a class token
     assert (shapes.tokens, shapes.width, shapes.num_classes, shapes.fast) == (17, 32, 10, decode == "fast")
     producer = Producer(make_parts(config, tiny_index))
-    asked: list[tuple[Any, tuple[int, ...]]] = [(payload, pairs) for payload in ("hidden", "image", "logits") for pairs in ((0, 1, 2), (2,))]
-    for payload, pairs in asked:
+    payloads: tuple[Payload, ...] = ("hidden", "image", "logits")
+    for payload, pairs in product(payloads, ((0, 1, 2), (2,))):
         for start in (20, 36):
             request = replace(REQUEST, start=start, pairs=pairs, payload=payload, wire_dtype="fp32")
             answer = producer.answer(request)
-            check_answer(answer, request, shapes, finite=True)
+            check_answer(answer, request, shapes)
             if payload == "hidden" and 0 not in pairs:
                 assert set(answer.tensors) == {"hidden.2", "logits.2", "targets"}
     producer.close()

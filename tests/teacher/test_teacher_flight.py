@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 import torch
 
 from m2mkd_ds.teacher import codec
+from m2mkd_ds.teacher.admission import Lease
 from m2mkd_ds.teacher.connection import LocalConnection
 from m2mkd_ds.teacher.flight_client import FlightConnection
 from m2mkd_ds.teacher.flight_server import FlightTransport
 from m2mkd_ds.teacher.security import ClientSecurity, ServerSecurity
 from m2mkd_ds.teacher.service import TeacherService
 from m2mkd_ds.teacher.wire import Answer, FeedError, GetBatch, Golden, LinkError
+from tests.teacher.conftest import LIMITS
 from tests.teacher.flight_tools import hello_of, make_pki, pad_answers, request_of
 
 MakeService = Callable[..., TeacherService]
@@ -83,7 +86,7 @@ def test_a_refusal_keeps_its_code_and_details(make_service: MakeService, listen:
 
     link = connect(listen(service))
     welcome = link.hello(hello_of(service), 5.0)
-    service.get = poisoned  # type: ignore[method-assign]
+    service.answering = poisoned  # type: ignore[method-assign]
     with pytest.raises(FeedError, match="not finite") as refused:
         link.get(request_of(welcome), 5.0)
     err = refused.value
@@ -102,7 +105,7 @@ def test_a_bug_of_the_server_is_an_internal_error_without_a_traceback(make_servi
     def broken(request: GetBatch) -> Answer:
         raise KeyError("no such thing")
 
-    service.get = broken  # type: ignore[method-assign]
+    service.answering = broken  # type: ignore[method-assign]
     with pytest.raises(FeedError, match=r"^KeyError: 'no such thing'$") as refused:
         link.get(request_of(welcome), 5.0)
     assert refused.value.code == "internal"
@@ -111,14 +114,14 @@ def test_a_bug_of_the_server_is_an_internal_error_without_a_traceback(make_servi
 
 def slow_down(service: TeacherService, seconds: float) -> threading.Event:
     """Make `get` wait first; the event is set when it is called."""
-    plain, called = service.get, threading.Event()
+    plain, called = service.answering, threading.Event()
 
-    def slow(request: GetBatch) -> Answer:
+    def slow(request: GetBatch) -> Lease[Answer]:
         called.set()
         time.sleep(seconds)
         return plain(request)
 
-    service.get = slow  # type: ignore[method-assign]
+    service.answering = slow  # type: ignore[method-assign]
     return called
 
 
@@ -145,13 +148,13 @@ def test_a_slow_answer_ends_by_the_deadline_and_a_closed_link_at_once(make_servi
         other.status(1.0)
 
 
-def test_threads_share_a_link(make_service: MakeService, listen: Any) -> None:
+def test_threads_share_a_link_and_use_its_limit_to_the_full(make_service: MakeService, listen: Any) -> None:
     service = make_service()
     link = connect(listen(service))
     welcome = link.hello(hello_of(service), 5.0)
     wanted = {step: LocalConnection(service).get(request_of(welcome, step), 5.0) for step in range(6)}
-    with ThreadPoolExecutor(6) as pool:
-        steps = [step for _ in range(5) for step in range(6)]
+    with ThreadPoolExecutor(LIMITS.max_in_flight) as pool:  # never told that too much is in flight: a place is free before the tail comes
+        steps = [step for _ in range(10) for step in range(6)]
         answers = list(pool.map(lambda step: link.get(request_of(welcome, step), 20.0), steps))
     assert all(same(answer, wanted[step]) for step, answer in zip(steps, answers, strict=True))
 
@@ -211,14 +214,14 @@ def test_stopping_is_bounded_when_a_client_reads_nothing(make_service: MakeServi
 
 
 def test_a_client_that_reads_nothing_is_cut_off_and_others_go_on(make_service: MakeService, listen: Any) -> None:
-    service = make_service(max_bytes=40 * 2**20)
+    service = make_service(limits=replace(LIMITS, max_in_flight=1))
     pad_answers(service, 48)
     transport = listen(service, stall_s=0.8)
     link = connect(transport)
     welcome = link.hello(hello_of(service), 5.0)
     stream = stalled_stream(transport, request_of(welcome))
-    # the stalled answer (48 MiB) is all that may be held (40 MiB)
-    with pytest.raises(FeedError, match="the server is full") as refused:
+    # the stalled answer is all that this client may have; its memory is in use until it is cut off
+    with pytest.raises(FeedError, match="1 answers in flight") as refused:
         link.get(request_of(welcome, 1), 5.0)
     assert refused.value.code == "retry_later" and refused.value.retry_after_s > 0
     deadline = time.monotonic() + 5.0
@@ -228,7 +231,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_others_go_on(make_service: M
             break
         except FeedError:
             time.sleep(0.1)
-    assert answer.head.answers(request_of(welcome, 1))
+    assert answer.head.answers(request_of(welcome, 1)) and service.wait_idle(1.0)
     assert "Socket closed" in drained(stream)
 
 

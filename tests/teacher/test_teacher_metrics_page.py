@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from m2mkd_ds.teacher.metrics_page import MetricsPage
 from m2mkd_ds.teacher.wire import Status
 
-COUNTERS = {"requests_total": 7.0, "errors_total{code=draining}": 2.0, "errors_total{code=poisoned}": 1.0, "in_flight": 3.0}
+COUNTERS = {"requests": 7.0, "errors_draining": 2.0, "errors_poisoned": 1.0, "in_flight": 3.0, "decode_s": 1.5, "hits_prefix": 4.0}
 
 
 class Page:
@@ -51,8 +51,10 @@ def test_prometheus_reads_every_number_with_its_label(page: Page) -> None:
     errors = {sample.labels["code"]: sample.value for sample in families["m2mkd_teacher_errors"].samples}
     assert errors == {"draining": 2.0, "poisoned": 1.0}
     assert text.count("# TYPE m2mkd_teacher_errors_total counter") == 1  # a second one is not allowed
+    assert families["m2mkd_teacher_decode_seconds"].samples[0].value == 1.5
+    assert 'm2mkd_teacher_cache_hits_total{level="prefix"} 4.0' in text
     assert families["m2mkd_teacher_server_info"].samples[0].labels["instance"] == "abc"
-    page.counters["requests_total"] = 8.0
+    page.counters["requests"] = 8.0
     assert "m2mkd_teacher_requests_total 8.0" in page.get("/metrics")[1]
 
 

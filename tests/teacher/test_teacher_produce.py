@@ -124,6 +124,24 @@ def test_pairs_at_different_speeds_miss_and_get_the_same(tiny_config: RunConfig,
     assert producer.counters.snapshot()["misses_decode"] == far["misses_decode"]  # near again: shared
 
 
+def test_clients_in_threads_get_their_bytes_while_the_cache_evicts(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    """Five clients walk the same stream from different places, some backwards, with room for two of twelve micro-batches."""
+    ours = colocated(tiny_config, tiny_index, num_steps=3)
+    starts = sorted(ours)
+    producer = Producer(make_parts(tiny_config, tiny_index), cache_bytes=80_000)
+
+    def client(number: int) -> None:
+        order = starts[number:] + starts[:number]
+        for start in order if number % 2 else reversed(order):
+            pairs = (number % 3,) if number < 4 else ALL
+            assert_same(producer.answer(asked(None, start, pairs)).tensors, ours[start], pairs)
+
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(client, range(5)))
+    counts = producer.counters.snapshot()
+    assert producer.cache_bytes <= 80_000 and counts["evicted_batches"] > 0 and counts["images"] == 5 * 12 * 4
+
+
 def test_two_layouts_of_one_stream_do_not_meet(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
     other = BatchLayout(micro_batch_size=8, accumulation=1, world=2)
     ours, theirs = colocated(tiny_config, tiny_index, 1), colocated(tiny_config, tiny_index, 1, other)

@@ -1,0 +1,273 @@
+"""What a service grants: so much at once for a client and for all, an answer or a refusal in bounded time, and numbers about it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from m2mkd_ds.config import RunConfig
+from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.teacher.admission import MAX_CLIENTS, Admission
+from m2mkd_ds.teacher.connection import LocalConnection
+from m2mkd_ds.teacher.counters import Counters
+from m2mkd_ds.teacher.produce import Producer
+from m2mkd_ds.teacher.service import TeacherService
+from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, FeedError, Golden, Hello
+from tests.teacher.asking import ALL, LAYOUT, asked, assert_same, colocated, counted_parts, service_of
+from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
+
+Making = Callable[..., TeacherService]
+# One answer of all pairs: images 4 * 3 * 16 * 16 fp32, labels and targets; two hidden states of 4 * 17 * 32; logits and targets of 4 * 10.
+ANSWER_BYTES = 12_288 + 4 * (8 + 57 + 40) + 2 * 8_704 + 4 * 160
+"""Its estimate, at least as much as it has."""
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refused(service: TeacherService, code: str, **changes: object) -> FeedError:
+    with pytest.raises(FeedError) as caught:
+        service.answering(asked(service, **changes))  # type: ignore[arg-type]
+    assert caught.value.code == code
+    return caught.value
+
+
+def test_a_client_has_so_many_answers_at_once_and_others_go_on(make_service: Making) -> None:
+    service = make_service(limits=replace(LIMITS, max_in_flight=2))
+    leases = [service.answering(asked(service, start)) for start in (0, 4)]
+    late = refused(service, "retry_later", start=8)
+    assert "this client has 2 answers in flight; 2 are allowed" in str(late) and 0.05 <= late.retry_after_s <= 5.0
+    with service.answering(asked(service, 8, client="other")) as answer:
+        assert answer.head.start == 8
+        assert service.status().in_flight == 3
+    leases[0].release()
+    leases[0].release()  # twice is once
+    assert service.status().in_flight == 1
+    leases.append(service.answering(asked(service, 8)))
+    refused(service, "retry_later", start=12)
+    for lease in leases:
+        lease.release()
+    assert service.status().in_flight == 0 and service.counters()["in_flight_bytes"] == 0
+
+
+def test_a_client_that_never_lets_go_holds_its_share_and_no_more(make_service: Making) -> None:
+    service = make_service(limits=replace(LIMITS, max_in_flight=3), max_bytes=5 * ANSWER_BYTES)
+    held = []
+    for start in range(0, 400, 4):
+        try:
+            held.append(service.answering(asked(service, start, client="stuck")))
+        except FeedError as err:
+            assert err.code == "retry_later"
+        service.get(asked(service, start, client="lively"))  # two more fit at any time
+        assert service.counters()["in_flight_bytes"] <= 5 * ANSWER_BYTES
+    assert len(held) == 3 and service.counters()["answers"] == 103
+    # With many such clients the bytes of all are the bound.
+    for number in range(20):
+        try:
+            held.append(service.answering(asked(service, 0, client=f"stuck {number}")))
+        except FeedError as err:
+            assert err.code == "retry_later" and "more would be above" in str(err)
+    assert len(held) == 5
+    assert sum(lease.answer.num_bytes for lease in held) <= service.counters()["in_flight_bytes"] <= 5 * ANSWER_BYTES
+
+
+def test_what_never_fits_is_a_bad_request_before_any_work(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    parts, calls = counted_parts(tiny_config, tiny_index)
+    producer = Producer(parts)
+    calls.clear()
+    actual = producer.answer(asked(None)).num_bytes
+    assert actual <= producer.answer_bytes(asked(None)) <= ANSWER_BYTES
+    producer = Producer(parts)
+    calls.clear()
+    small = service_of(producer, tiny_config, tiny_index, replace(LIMITS, max_answer_bytes=actual - 1))
+    assert "this server sends at most" in str(refused(small, "bad_request"))
+    full = service_of(producer, tiny_config, tiny_index, max_bytes=actual - 1)
+    assert "this server holds at most" in str(refused(full, "bad_request"))
+    assert "layout.micro_batch_size: 65; this server allows 1 to 64" in str(
+        refused(full, "bad_request", layout=replace(LAYOUT, micro_batch_size=65))
+    )
+    counts = producer.counters.snapshot()
+    assert not calls and counts["misses_decode"] == 0 and counts["errors_bad_request"] == 3 and counts["requests"] == 3
+    with small.answering(asked(small, pairs=(2,))) as answer:
+        assert answer.head.pairs == (2,)
+
+
+def test_a_failed_answer_gives_its_place_back(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    parts = make_parts(tiny_config, tiny_index)
+    service = service_of(Producer(parts), tiny_config, tiny_index, replace(LIMITS, max_in_flight=1))
+
+    failure: BaseException
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    hook = parts.teachers[1].register_forward_pre_hook(fail)
+    for error, told in [
+        (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
+        (SampleError("shard x, sample 3: augmentation failed", "transform"), "shard x, sample 3: augmentation failed"),
+        (ValueError("of another width"), "ValueError: of another width"),
+    ]:
+        failure = error
+        assert told in str(refused(service, "internal", pairs=(1,)))
+    failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        service.get(asked(service, pairs=(1,)))
+    hook.remove()
+    assert service.counters()["in_flight"] == 0 and service.counters()["errors_internal"] == 3
+    assert_same(service.get(asked(service)).tensors, colocated(tiny_config, tiny_index, 1)[0])
+
+
+def test_a_silent_client_is_forgotten_and_what_it_holds_counts_on(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    clock = Clock()
+    service = service_of(Producer(make_parts(tiny_config, tiny_index)), tiny_config, tiny_index, clock=clock)  # heartbeat: 1 s
+    lease = service.answering(asked(service, client="silent"))
+    service.get(asked(service, client="waiting"))
+    service.get(asked(service, client="lively"))
+    assert service.status().clients == 3
+    for _ in range(3):
+        clock.now += 1.9
+        service.status("waiting")
+        service.get(asked(service, client="lively"))
+    assert service.status().clients == 2 and service.counters()["evicted_clients"] == 1
+    assert service.status("never greeted").clients == 2
+    assert service.status().in_flight == 1 and service.counters()["in_flight_bytes"] > 0
+    service.get(asked(service, client="silent"))  # it comes back, and needs no greeting: nothing was kept for it
+    assert service.status().clients == 3
+    lease.release()
+    assert service.status().in_flight == 0 and service.wait_idle(0)
+    clock.now += 100
+    assert service.status().clients == 0 and service.counters()["evicted_clients"] == 4
+
+
+def test_clients_are_counted_up_to_a_bound() -> None:
+    clock = Clock()
+    admission = Admission(LIMITS, 1000, Counters(), clock)
+    for number in range(MAX_CLIENTS):
+        admission.heard(str(number))
+    with pytest.raises(FeedError, match="4096 clients are here already") as late:
+        admission.admit("one more", 1)
+    assert late.value.code == "retry_later" and admission.in_flight == 0
+    clock.now += 4.1
+    admission.admit("one more", 1)
+    assert admission.num_clients == 1
+
+
+def test_the_time_to_wait_is_about_that_of_an_answer() -> None:
+    clock = Clock()
+    admission = Admission(replace(LIMITS, max_in_flight=1), 1000, Counters(), clock)
+    for _ in range(60):
+        done = admission.admit("a", 1)
+        clock.now += 2.0
+        done()
+    admission.admit("a", 1)
+    with pytest.raises(FeedError) as late:
+        admission.admit("a", 1)
+    assert 1.9 < late.value.retry_after_s < 2.1
+
+
+def test_drain_refuses_new_requests_and_lets_running_ones_end(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    parts = make_parts(tiny_config, tiny_index)
+    service = service_of(Producer(parts), tiny_config, tiny_index)
+    service.options = replace(service.options, endpoints=("10.0.0.8:8815",))
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        entered.set()
+        go_on.wait(30)
+
+    parts.teachers[2].register_forward_pre_hook(hold)
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(service.answering, asked(service))
+        assert entered.wait(30)
+        service.drain()
+        assert service.status().draining and not service.status().ready and service.counters()["draining"] == 1
+        assert refused(service, "draining", client="other").endpoints == ("10.0.0.8:8815",)
+        with pytest.raises(FeedError, match="about to stop"):
+            service.hello(hello(tiny_config, tiny_index))
+        assert not service.wait_idle(0.05)
+        go_on.set()
+        lease = running.result(30)
+    assert not service.wait_idle(0.05)  # made, not sent
+    assert_same(lease.answer.tensors, colocated(tiny_config, tiny_index, 1)[0])
+    lease.release()
+    assert service.wait_idle(0.05)
+
+
+def hello(config: RunConfig, index: ShardIndex, **changes: object) -> Hello:
+    greeting = Hello(
+        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=ALL, payload="hidden",
+        wire_dtype="fp32", with_teacher=True, fingerprints=tiny_fingerprints(config, index),
+    )  # fmt: skip
+    return replace(greeting, **changes)  # type: ignore[arg-type]
+
+
+def test_a_stream_that_cannot_be_served_is_refused_at_the_greeting(
+    make_service: Making, tiny_config: RunConfig, tiny_index: ShardIndex
+) -> None:
+    service = make_service()
+    for changes, told in [
+        ({"pairs": (1, 7)}, r"pairs: \(1, 7\): pair 7 is not served; this server has \[0, 1, 2\]"),
+        ({"layout": replace(LAYOUT, micro_batch_size=3)}, "layout: micro_batch_size is 3 and data.augment.mix_group is 2"),
+        ({"payload": "logits", "with_teacher": False}, "with_teacher: payload=logits without teacher logits asks for nothing"),
+        ({"payload": "image", "wire_dtype": "int8"}, "wire_dtype: int8 is for hidden states, and payload=image has none"),
+    ]:
+        with pytest.raises(FeedError, match=told) as bad:
+            service.hello(hello(tiny_config, tiny_index, **changes))
+        assert bad.value.code == "bad_request"
+    assert service.status().clients == 0
+    with pytest.raises(FeedError, match=r"pair 7 is not served") as bad:
+        service.golden(Golden(instance=service.instance, pairs=(0, 7)))
+    assert bad.value.code == "bad_request" and service.counters()["errors_bad_request"] == 5
+
+
+def test_counters_say_what_was_done(make_service: Making) -> None:
+    service = make_service()
+    link = LocalConnection(service)
+    for pairs in ((1,), (2,), (1, 2)):
+        link.get(asked(service, pairs=pairs), 5.0)
+    with pytest.raises(FeedError):
+        link.get(asked(service, pairs=(5,)), 5.0)
+    counts = service.counters()
+    # 17 tokens of width 32, ten classes, four images, fp32; twice pair 1, twice pair 2, and targets with each of three answers
+    hidden, logits = 4 * 17 * 32 * 4, 4 * 10 * 4
+    assert counts["bytes_out"] == 4 * (hidden + logits) + 3 * logits
+    assert (counts["requests"], counts["answers"], counts["images"], counts["errors_bad_request"]) == (4, 3, 12, 1)
+    # Images once, then twice from the cache; h_0 and h_1 for all three, h_2 for two; each answer asks again for the h_i it sends.
+    assert counts["misses_decode"] == 1 and counts["misses_prefix"] == 3 and counts["misses_teacher"] == 2 and counts["hits_teacher"] == 2
+    assert min(counts[name] for name in ("decode_s", "prefix_s", "teacher_s", "cast_s", "busy_s")) > 0
+    assert counts["capacity_images_per_s"] == pytest.approx(12 / counts["busy_s"])
+    assert counts["cache_bytes"] >= 12_288 + 2 * hidden + 2 * logits
+    assert (counts["clients"], counts["in_flight"], counts["draining"]) == (1, 0, 0)
+
+
+def test_seconds_of_work_count_once_for_all_who_work() -> None:
+    counters = Counters()
+    assert counters.snapshot()["capacity_images_per_s"] == 0
+    barrier = threading.Barrier(3)
+
+    def work() -> None:
+        with counters.busy():
+            barrier.wait()
+            threading.Event().wait(0.2)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    busy_s = counters.snapshot()["busy_s"]
+    assert 0.2 <= busy_s < 0.55
+    threading.Event().wait(0.05)
+    assert counters.snapshot()["busy_s"] == busy_s
