@@ -62,7 +62,7 @@ def run_teacher(options: TeacherBench) -> str:
         "wall_s": round(time.perf_counter() - started, 1),
         "transfers": [row.to_json() for row in transfers],
         "steps": [row.to_json() for row in steps],
-        "verdicts": [asdict(verdict) for verdict in verdicts(transfers, steps)],
+        "verdicts": [asdict(verdict) for verdict in verdicts(transfers, steps, options.headroom)],
     }
     text = render(result, transfers, steps)
     if options.out is not None:
@@ -134,7 +134,7 @@ def _steps(options: TeacherBench, host: Host, bar: Progress) -> list[StepRow]:
     return [
         step_row(feed, notes[feed], passes[feed])
         if feed in bench.feeds
-        else StepRow(feed, available=False, reason=host.started.absent.get(feed, ""))  # type: ignore[call-overload]
+        else StepRow(feed, available=False, reason=host.started.absent_feeds[feed])
         for feed in options.feeds
     ]
 

@@ -29,7 +29,7 @@ class FlightServer:
 
         contents = [_table(pa, batches.parts(number)) for number in range(batches.shape.num_contents)]
 
-        class Server(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow has no types
+        class Server(flight.FlightServerBase):
             def do_get(self, context: Any, ticket: Any) -> Any:
                 return flight.RecordBatchStream(contents[int(ticket.ticket) % len(contents)])
 

@@ -272,7 +272,8 @@ def _gloo_group(path: str, rank: int) -> Any:
     """Two ranks over loopback, found by a file; no default group of the process is touched."""
     from torch import distributed
 
-    options = distributed.ProcessGroupGloo._Options()  # what init_process_group makes; it has no public name
-    options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    gloo: Any = distributed.ProcessGroupGloo
+    options = gloo._Options()  # what init_process_group makes; it has no public name
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
     options._timeout = timedelta(seconds=TIMEOUT_S)
-    return distributed.ProcessGroupGloo(distributed.FileStore(path, 2), rank, 2, options)
+    return gloo(distributed.FileStore(path, 2), rank, 2, options)

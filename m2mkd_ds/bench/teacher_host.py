@@ -5,10 +5,12 @@ One process for all servers: those that are not asked cost nothing, and what a r
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from m2mkd_ds.bench.teacher_batches import Batches, Shape, StandIn
 from m2mkd_ds.bench.teacher_certificates import Certificates
 from m2mkd_ds.bench.teacher_flight import FlightClient, FlightServer, JoinedFlightClient
 from m2mkd_ds.bench.teacher_floors import Client, GlooClient, GlooServer, RingClient, RingServer, Server, TcpClient, TcpServer
-from m2mkd_ds.bench.teacher_options import Feed, Peer, TeacherBench
+from m2mkd_ds.bench.teacher_options import FEEDS, OURS, Feed, Peer, TeacherBench
 from m2mkd_ds.bench.teacher_ours import OurClient, RemoteServer, ShmServer
 
 START_S, STOP_S = 180.0, 10.0
@@ -46,6 +48,8 @@ class Started:
     absent: dict[Peer, str]
     """Why a row cannot be measured here."""
     feeds: dict[Feed, str]
+    """Addresses for the training step."""
+    absent_feeds: dict[Feed, str]
 
 
 class Host:
@@ -109,43 +113,60 @@ def open_client(peer: Peer, address: str, shape: Shape, sizes: list[int], folder
 
 
 def _serve(task: Task, pipe: Connection) -> None:
+    """The other process: start everything, say where, change the pace when told, end when told or when nobody is there any more."""
     torch.set_num_threads(1)
-    o, shape = task.options, Shape.of_transfer(task.options)
-    servers: list[Server] = []
-    addresses: dict[Peer, str] = {}
-    absent: dict[Peer, str] = {}
-    batches = Batches(shape)
-    for peer in o.peers:
-        reason = task.no_certificates if peer in ENCRYPTED else ""
-        reason = reason or why_not(peer)
-        if not reason:
-            try:
-                server = _server(peer, batches, task.folder, o.in_flight)
-            except ImportError as err:
-                reason = str(err)
-            else:
-                servers.append(server)
-                addresses[peer] = server.address
-        if reason:
-            absent[peer] = reason
-    feeds: dict[Feed, str] = {}
-    if task.step_shape is not None:
-        producer = StandIn(Batches(task.step_shape))
-        if "shm" in o.feeds:
-            servers.append(shm := ShmServer(producer, task.folder / "step.sock", o.in_flight))
-            feeds["shm"] = shm.address
-        if "remote" in o.feeds and not why_not("remote"):
-            servers.append(remote := RemoteServer(producer, o.in_flight))
-            feeds["remote"] = remote.address
-    pipe.send(Started(addresses, absent, feeds))
+    servers = _Servers(task)
+    pipe.send(servers.started)
     try:
         while (pace_s := pipe.recv()) is not None:
-            producer.pace_s = pace_s
+            servers.set_pace(pace_s)
             pipe.send(None)
     except EOFError:
-        pass  # whoever asked for this has ended
-    for server in servers:
-        server.close()
+        pass
+    servers.close()
+
+
+class _Servers:
+    """All that was asked for and can be had."""
+
+    def __init__(self, task: Task) -> None:
+        self.started = Started({}, {}, {}, {})
+        self._task, self._servers = task, list[Server]()
+        self._paced = StandIn(Batches(task.step_shape)) if task.step_shape is not None else None
+        batches = Batches(Shape.of_transfer(task.options))
+        for peer in task.options.peers:
+            self._start(peer, partial(_server, peer, batches, task.folder, task.options.in_flight))
+        if self._paced is not None:
+            for feed in (feed for feed in FEEDS if feed in task.options.feeds and feed != "colocated"):
+                self._start_feed(feed, self._paced)
+
+    def set_pace(self, pace_s: float) -> None:
+        """Of the training step's producer."""
+        assert self._paced is not None, "only the training step has a pace"
+        self._paced.pace_s = pace_s
+
+    def close(self) -> None:
+        """Stop all."""
+        for server in self._servers:
+            server.close()
+
+    def _start(self, peer: Peer, make: Callable[[], Server]) -> None:
+        reason = (self._task.no_certificates if peer in ENCRYPTED else "") or why_not(peer)
+        if reason:
+            self.started.absent[peer] = reason
+            return
+        self._servers.append(server := make())
+        self.started.addresses[peer] = server.address
+
+    def _start_feed(self, feed: Feed, paced: StandIn) -> None:
+        reason = why_not("shm" if feed == "shm" else "remote")
+        if reason:
+            self.started.absent_feeds[feed] = reason
+            return
+        in_flight = self._task.options.in_flight
+        server = ShmServer(paced, self._task.folder / "step.sock", in_flight) if feed == "shm" else RemoteServer(paced, in_flight)
+        self._servers.append(server)
+        self.started.feeds[feed] = server.address
 
 
 def _server(peer: Peer, batches: Batches, folder: Path, in_flight: int) -> Server:
@@ -171,8 +192,14 @@ def why_not(peer: Peer) -> str:
         return "" if distributed.is_available() and distributed.is_gloo_available() else "this torch is built without gloo"
     if peer in ("tcp", "ring"):
         return ""
-    import importlib.util
+    wanted = (["pyarrow.flight"] if peer != "shm" else []) + (["xxhash"] if peer in OURS else [])
+    missing = [name for name in wanted if not _can_import(name)]
+    return f"{' and '.join(missing)} cannot be imported: pip install m2mkd_ds[teacher]" if missing else ""
 
-    needed = ["pyarrow"] if peer.startswith("flight") else ["xxhash"] if peer == "shm" else ["pyarrow", "xxhash"]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(missing)} not installed: pip install m2mkd_ds[teacher]" if missing else ""
+
+def _can_import(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True

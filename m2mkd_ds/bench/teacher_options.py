@@ -28,9 +28,9 @@ class TeacherBench:
     """Numbers of an image's logits (bf16) and targets (fp32)."""
     in_flight: int = 3
     """Requests that are under way at a time while throughput is measured."""
-    batches: int = 12
+    batches: int = 10
     """Batches a round with that many requests under way."""
-    singles: int = 10
+    singles: int = 8
     """Batches a round that are asked for one at a time, for the latency."""
     rounds: int = 5
     """A round measures every row once, in another order each time."""
@@ -40,9 +40,9 @@ class TeacherBench:
     what feed=shm and feed=remote use."""
     feeds: tuple[Feed, ...] = FEEDS
     """Ways of the training step to its teacher: colocated, shm, remote."""
-    steps: int = 20
+    steps: int = 15
     """Training steps a round with each feed; 0 leaves them out."""
-    step_images: int = 16
+    step_images: int = 8
     """Images of a training step."""
     step_width: int = 192
     """Width of the small ViT of the training step, a multiple of 64."""

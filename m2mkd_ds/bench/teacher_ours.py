@@ -84,8 +84,9 @@ def open_connection(endpoint: str, certificates: Certificates | None = None) -> 
     """As a trainer opens it."""
     if certificates is None:
         return connect(endpoint, TeacherConfig())
-    files = {"tls_ca": certificates.authority, "tls_cert": certificates.client_cert, "tls_key": certificates.client_key}
-    return connect(endpoint, TeacherConfig(**files))
+    return connect(
+        endpoint, TeacherConfig(tls_ca=certificates.authority, tls_cert=certificates.client_cert, tls_key=certificates.client_key)
+    )  # fmt: skip
 
 
 def views(tensors: Sequence[torch.Tensor]) -> list[memoryview]:

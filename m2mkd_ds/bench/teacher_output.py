@@ -52,7 +52,7 @@ def render(result: dict[str, Any], transfers: Sequence[TransferRow], steps: Sequ
         for line in lines:
             table.add_row(*line)
         console.print(table)
-    for text in [*notes(transfers, steps), *verdict_lines(verdicts(transfers, steps))]:
+    for text in [*notes(transfers, steps), *verdict_lines(verdicts(transfers, steps, result["options"]["headroom"]))]:
         console.print(f"  {text}", markup=False, soft_wrap=True)
     return box.getvalue().rstrip()
 
@@ -89,7 +89,8 @@ def to_markdown(result: dict[str, Any], transfers: Sequence[TransferRow], steps:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         lines.append("")
     lines += [f"- {text}" for text in notes(transfers, steps)]
-    lines += ["", "## Ratios and targets", "", *(f"- {text}" for text in verdict_lines(verdicts(transfers, steps))), ""]
+    found = verdicts(transfers, steps, result["options"]["headroom"])
+    lines += ["", "## Ratios and targets", "", *(f"- {text}" for text in verdict_lines(found)), ""]
     return "\n".join(lines)
 
 
@@ -133,12 +134,12 @@ def notes(transfers: Sequence[TransferRow], steps: Sequence[StepRow]) -> list[st
 
 def verdict_lines(found: Sequence[Verdict]) -> list[str]:
     """Targets in words."""
-    return [
-        f"ratio: {one.what}: {one.value:.3f}"
-        if one.target is None
-        else f"{'met' if one.met else 'MISSED'}: {one.what}: {one.value:.3f} (target {one.target:g})"
-        for one in found
-    ]
+    lines = []
+    for one in found:
+        word = "ratio" if one.target is None else {None: "not tested", True: "met", False: "MISSED"}[one.met]
+        value = "" if one.value is None else f": {one.value:.3f}"
+        lines.append(f"{word}: {one.what}{value}" + ("" if one.target is None else f" (target {one.target:g})"))
+    return lines
 
 
 def _range(value: Range | None, form: str, factor: float = 1) -> str:

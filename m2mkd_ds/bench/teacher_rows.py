@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from m2mkd_ds.bench.loader_rows import Range
@@ -22,6 +22,9 @@ RATIOS: tuple[tuple[Peer, Peer, float | None, str], ...] = (
 """Ours, the floor, the target of the ratio of their GB/s (None: for information), a word on it."""
 WAIT_SHARE = 0.02
 """Of a step, with a producer that is `headroom` times as fast as the trainer."""
+HEADROOM_SLACK = 0.05
+"""A round counts for that target if its producer turned out at least `headroom` less this much times as fast: the machine may change its
+speed between setting the pace and training."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +144,15 @@ class Verdict:
     """One target and what was measured."""
 
     what: str
-    value: float
+    value: float | None
+    """None: nothing that counts was measured."""
     target: float | None
     """None: for information."""
     met: bool | None
 
 
-def verdicts(transfers: Sequence[TransferRow], steps: Sequence[StepRow]) -> list[Verdict]:
-    """Every ratio and target whose rows are there; medians of the same rounds stand on both sides."""
+def verdicts(transfers: Sequence[TransferRow], steps: Sequence[StepRow], headroom: float) -> list[Verdict]:
+    """Every ratio and target whose rows are there; medians of the same rounds stand on both sides. `headroom`: as asked for."""
     found: list[Verdict] = []
     rows = {row.peer: row for row in transfers if row.available}
     for ours, floor, target, word in RATIOS:
@@ -159,12 +163,20 @@ def verdicts(transfers: Sequence[TransferRow], steps: Sequence[StepRow]) -> list
             what = f"{ours} / {floor}, GB/s" + (f" ({word})" if word else "")
             what += f"; CPU-ms a batch, both sides: {_cpu_ms(one):.1f} against {_cpu_ms(other):.1f}"
             found.append(Verdict(what, value, target, None if target is None else value >= target))
-    for row in steps:
-        if row.available and row.feed != "colocated":
-            assert row.wait_share and row.headroom
-            what = f"{row.feed}: share of a training step spent waiting (at most), producer {row.headroom.median:.2f} times as fast"
-            found.append(Verdict(what, row.wait_share.median, WAIT_SHARE, row.wait_share.median < WAIT_SHARE))
-    return found
+    return found + [_waiting(row, headroom - HEADROOM_SLACK) for row in steps if row.available and row.feed != "colocated"]
+
+
+def _waiting(row: StepRow, least: float) -> Verdict:
+    """Of the rounds in which the producer was fast enough; without any, nothing is said."""
+    assert row.samples is not None
+    columns = [row.samples[name] for name in ("wait_s", "wall_s", "step_s", "pace_s")]
+    shares = [wait_s / wall_s for wait_s, wall_s, step_s, pace_s in zip(*columns, strict=True) if step_s / pace_s >= least]
+    what = f"{row.feed}: share of a training step spent waiting (at most)"
+    what += f", {len(shares)} of {row.rounds} rounds with a producer {least:.2f} times as fast as the trainer or faster"
+    if not shares:
+        return Verdict(what, None, WAIT_SHARE, None)
+    value = median(shares)
+    return Verdict(what, value, WAIT_SHARE, value < WAIT_SHARE)
 
 
 def _cpu_ms(row: TransferRow) -> float:
