@@ -59,7 +59,7 @@ def step_cases(options: ExpertBench, names: Sequence[str], *, rank: int, device:
         return [
             Absent(name, "the student of this level has gelu experts; measure the other activations by --level layer") for name in names
         ]
-    scene = _Scene(options, rank, device, dtype)
+    scene = Scene(options, rank, device, dtype)
     cases: list[Case | Absent] = []
     student = scene.student(experts=True)
     optimizer = build_adamw(student, PhaseConfig())
@@ -73,8 +73,8 @@ def step_cases(options: ExpertBench, names: Sequence[str], *, rank: int, device:
     return cases
 
 
-class _Scene:
-    """Images, targets, frozen modules: the same for all cases."""
+class Scene:
+    """Images, targets, frozen modules: the same for all cases, and for the steps of `bench teacher`."""
 
     def __init__(self, options: ExpertBench, rank: int, device: torch.device, dtype: torch.dtype) -> None:
         o = options
@@ -98,7 +98,7 @@ class _Scene:
         args = {"embed_dim": o.dim, "depth": depth, "num_heads": self.num_heads, "mlp_ratio": o.hidden / o.dim}
         return VitArch("vit_base_patch16_224", args, NUM_CLASSES, self.images.size)
 
-    def student(self, *, experts: bool) -> VisionMoE:
+    def student(self, *, experts: bool, backend: str = "reference") -> VisionMoE:
         """The pair's student module; without experts its blocks have one network of K times the hidden width."""
         o = self.options
         blocks = 3 * o.step_blocks
@@ -113,13 +113,13 @@ class _Scene:
             moe_blocks=tuple(range(blocks)) if experts else (),
             num_experts=o.experts,
             router=matching_router(o.top_k),
-            backend="reference",
+            backend=backend,
         )
         stitches = stitch_specs(self.pair, teacher_width=o.dim, student_width=o.dim)
         return VisionMoE(arch, self.pair.student, stitches=stitches, seed=o.seed).to(self.device, self.dtype)
 
 
-def _case(scene: _Scene, name: str, student: VisionMoE, optimizer: torch.optim.Optimizer, note: str) -> Case:
+def _case(scene: Scene, name: str, student: VisionMoE, optimizer: torch.optim.Optimizer, note: str) -> Case:
     pair, images = scene.pair, scene.images
 
     def forward() -> Ran:

@@ -1,4 +1,4 @@
-"""`m2mkd bench experts | loader`: measurements against other projects."""
+"""`m2mkd bench experts | loader | teacher`: measurements against other projects."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import tyro
 
 from m2mkd_ds.bench.loader_options import LoaderBench
 from m2mkd_ds.bench.options import ExpertBench
+from m2mkd_ds.bench.teacher_options import TeacherBench
 from m2mkd_ds.cli.app import app, bench_app, in_world, out
 from m2mkd_ds.logs import setup_logging
 
 
 @app.command
-def bench(what: tyro.conf.Positional[Literal["experts", "loader"]], /) -> None:
-    """Measure against other projects: `m2mkd bench experts --help`, `m2mkd bench loader --help`.
+def bench(what: tyro.conf.Positional[Literal["experts", "loader", "teacher"]], /) -> None:
+    """Measure against other projects: `m2mkd bench experts --help`, and so on.
 
     Args:
-        what: experts: throughput of expert compute. loader: images a second of the input pipeline.
+        what: experts: throughput of expert compute. loader: images a second of the input pipeline. teacher: how a teacher server's
+            answers travel.
     """
     # `main` sends these words to `bench_app`; this entry is what `m2mkd --help` lists.
     bench_app.cli(prog="m2mkd bench", args=[what])
@@ -65,3 +67,24 @@ def loader(bench: tyro.conf.OmitArgPrefixes[LoaderBench]) -> None:
 
     setup_logging()
     out(run_loader(bench))
+
+
+@bench_app.command
+def teacher(bench: tyro.conf.OmitArgPrefixes[TeacherBench]) -> None:
+    """Measure how a teacher's outputs reach a trainer: shared memory and Arrow Flight against raw sockets, gloo and plain Flight, in turn.
+
+    A first look, in half a minute: m2mkd bench teacher --quick
+
+    docs/benchmarks.md says how to read the result.
+
+    Args:
+        bench: The batch, the ways, the training step and how often to measure.
+    """
+    bench.check()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("bench teacher starts its other process itself; start it without the launcher: m2mkd bench teacher")
+    os.environ["OMP_NUM_THREADS"] = "1"  # the process that serves inherits it
+    from m2mkd_ds.bench.teacher import run_teacher
+
+    setup_logging()
+    out(run_teacher(bench))
