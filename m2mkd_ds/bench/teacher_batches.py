@@ -18,11 +18,11 @@ from torch import Tensor
 
 from m2mkd_ds.bench.teacher_options import TeacherBench
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.counters import Counters
-from m2mkd_ds.teacher.produce import Producer
-from m2mkd_ds.teacher.service import ServiceOptions, TeacherService
-from m2mkd_ds.teacher.turns import Turns
-from m2mkd_ds.teacher.wire import PROTOCOL_VERSION, Answer, AnswerHead, GetBatch, Hello, Limits, WireDtype
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, AnswerHead, GetBatch, Hello, Limits, WireDtype
+from m2mkd_ds.teacher.server.counters import Counters
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
+from m2mkd_ds.teacher.server.turns import Turns
 
 PAIR = 1
 """The teaching pair that is served: its input is a hidden state, not an image."""

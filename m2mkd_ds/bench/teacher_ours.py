@@ -13,16 +13,16 @@ from m2mkd_ds.bench.teacher_certificates import HOST, Certificates
 from m2mkd_ds.bench.teacher_flight import Threads
 from m2mkd_ds.bench.teacher_floors import TIMEOUT_S, Take
 from m2mkd_ds.config import TeacherConfig
-from m2mkd_ds.teacher.connect import connect
-from m2mkd_ds.teacher.connection import Connection
-from m2mkd_ds.teacher.wire import GetBatch
+from m2mkd_ds.teacher.client.connect import connect
+from m2mkd_ds.teacher.protocol.connection import Connection
+from m2mkd_ds.teacher.protocol.wire import GetBatch
 
 
 class ShmServer:
     """feed=shm: a Unix socket and memory without a name."""
 
     def __init__(self, producer: StandIn, path: Path, in_flight: int) -> None:
-        from m2mkd_ds.teacher.shm_server import ShmTransport
+        from m2mkd_ds.teacher.shm.server import ShmTransport
 
         self._transport = ShmTransport(make_service(producer, in_flight), path)
         self._transport.start()
@@ -36,8 +36,8 @@ class RemoteServer:
     """feed=remote: Arrow Flight with codec, checksums, limits; with certificates, both sides show theirs."""
 
     def __init__(self, producer: StandIn, in_flight: int, certificates: Certificates | None = None) -> None:
-        from m2mkd_ds.teacher.flight_server import FlightTransport
-        from m2mkd_ds.teacher.security import ServerSecurity
+        from m2mkd_ds.teacher.flight.security import ServerSecurity
+        from m2mkd_ds.teacher.flight.server import FlightTransport
 
         security = ServerSecurity()
         if certificates is not None:

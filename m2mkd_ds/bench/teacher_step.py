@@ -27,12 +27,12 @@ from m2mkd_ds.bench.teacher_options import Feed, TeacherBench
 from m2mkd_ds.config import DataConfig, DistillConfig, PhaseConfig, TeacherConfig
 from m2mkd_ds.data.batch import ImageBatch
 from m2mkd_ds.data.loader import TrainLoader
-from m2mkd_ds.teacher.answer_check import AnswerShapes
+from m2mkd_ds.teacher.client.connect import connect
+from m2mkd_ds.teacher.client.receive import Assembler
+from m2mkd_ds.teacher.client.remote import RemoteFeed, Stream
 from m2mkd_ds.teacher.colocated import ColocatedFeed
-from m2mkd_ds.teacher.connect import connect
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
-from m2mkd_ds.teacher.receive import Assembler
-from m2mkd_ds.teacher.remote import RemoteFeed, Stream
+from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.steps import pair_step
 

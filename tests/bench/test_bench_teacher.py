@@ -29,8 +29,8 @@ from m2mkd_ds.bench.teacher_output import notes, transfer_cells, verdict_lines
 from m2mkd_ds.bench.teacher_rows import StepRow, TransferRow, percentile, step_row, transfer_row, verdicts
 from m2mkd_ds.bench.teacher_step import Trained
 from m2mkd_ds.cli import main
-from m2mkd_ds.teacher.certificates import read_authority, read_pair
-from m2mkd_ds.teacher.wire import GetBatch
+from m2mkd_ds.teacher.flight.certificates import read_authority, read_pair
+from m2mkd_ds.teacher.protocol.wire import GetBatch
 
 MINIATURE = TeacherBench(
     images=3, tokens=5, width=7, classes=11, in_flight=2, batches=3, singles=2, rounds=2, steps=2, step_images=2, step_width=64
