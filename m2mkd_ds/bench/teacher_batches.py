@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m2mkd_ds.bench.teacher_options import TeacherBench
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, AnswerHead, GetBatch, Hello, Limits, WireDtype
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, AnswerHead, GetBatch, Hello, Limits, Payload, WireDtype
 from m2mkd_ds.teacher.server.counters import Counters
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
@@ -124,7 +124,7 @@ class StandIn(Producer):
         )  # fmt: skip
         return Answer(head, dict(self.batches.tensors(number)))
 
-    def check_layout(self, layout: BatchLayout) -> None:
+    def check_layout(self, layout: BatchLayout, payload: Payload) -> None:
         """Raises ValueError for another one than the batches have."""
         if layout != self.batches.shape.layout:
             raise ValueError("this stand-in has batches of one layout only")

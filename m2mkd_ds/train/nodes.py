@@ -21,7 +21,8 @@ from typing import Any
 
 from m2mkd_ds import __version__
 from m2mkd_ds.checkpoint.store import file_sha256, read_json, write_json_atomic
-from m2mkd_ds.config import ConfigError, DataConfig, RunConfig, to_dict
+from m2mkd_ds.config import ConfigError, DataConfig, RunConfig, TeacherConfig, to_dict
+from m2mkd_ds.teacher.stored.logit_files import read_manifest
 from m2mkd_ds.train.batch import batch_change, expected_ranks, is_layout, layout_of_images
 
 ASSEMBLY = "student.keep_stitches"
@@ -42,8 +43,8 @@ STEPS_OF_M2MKD = tuple(
 )
 """What length, learning rate and warm-up of the baseline follow from."""
 
-ROUNDING = "teacher.wire_dtype"
-"""Rounds hidden states that come from a teacher server; nothing else about where they are made changes a bit."""
+ROUNDING = "teacher.rounding"
+"""How what comes from a teacher elsewhere is rounded on its way, where it is; nothing else about where it is made changes a bit."""
 
 TEACHER_FIELDS = ("teacher.arch", "teacher.arch_args", "teacher.depths", "teacher.source", "teacher.weights")
 
@@ -91,7 +92,7 @@ def build_dag(config: RunConfig) -> tuple[Node, ...]:
     return (
         *teacher_nodes,
         Node(
-            "m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd", ROUNDING), launched=True, per_pair=True,
+            "m2mkd", ("pretrain_meta", "split"), (*common, "meta", "student", "distill", "m2mkd"), launched=True, per_pair=True,
             without=(ASSEMBLY,),
         ),
         Node("assemble", ("m2mkd",), ("student", "teacher.depths"), reads_data=False),
@@ -123,10 +124,20 @@ def relevant_config(config: RunConfig, node: Node) -> dict[str, Any]:
         picked.pop(path)
     for path in _idle(config.data):
         picked.pop(path, None)
-    if not (config.teacher.is_remote and config.teacher.payload == "hidden" and config.teacher.wire_dtype in ("bf16", "fp16", "int8")):
-        picked.pop(ROUNDING, None)
+    rounding = _rounding(config.teacher) if node.name == "m2mkd" else ""
+    picked |= {ROUNDING: rounding} if rounding else {}
     kept = layout_of_images(config.data.augment)
     return {path: value for path, value in picked.items() if not is_layout(path) or path.endswith(kept)}
+
+
+def _rounding(teacher: TeacherConfig) -> str:
+    """What teacher.feed does to numbers; empty where it changes no bit. Raises StoreError for an unfinished folder of logits."""
+    if teacher.is_remote and teacher.payload == "hidden" and teacher.wire_dtype not in ("auto", "fp32"):
+        return f"hidden states in {teacher.wire_dtype}"
+    if teacher.feed == "replay":
+        stored = read_manifest(Path(teacher.replay)).contents.dtype
+        return f"logits in {stored}" if stored != "fp32" else ""
+    return ""
 
 
 def _idle(data: DataConfig) -> list[str]:
@@ -279,6 +290,8 @@ def node_state(config: RunConfig, node: Node, root: Path, data_fingerprints: Map
 def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """`m2mkd.lr changed: 0.001 -> 0.002`, or an empty string. What only one side has comes last: a field may count or not because of
     another one that changed."""
+    if before.get(ROUNDING) != now.get(ROUNDING):
+        return f"{ROUNDING} changed: {before.get(ROUNDING, 'none')} -> {now.get(ROUNDING, 'none')}"
     for path in sorted(before.keys() & now.keys()):
         if before[path] != now[path]:
             return f"{path} changed: {before[path]} -> {now[path]}"

@@ -293,3 +293,17 @@ def test_inputs_that_are_not_finished_are_named_with_the_command_that_makes_them
     with pytest.raises(ConfigError, match=r"split holds no finished output; run it first: m2mkd pipeline --config .*config.yaml"):
         output_hashes(tmp_path, "split")
     assert read_done(tmp_path / "split") is None
+
+
+def test_only_rounding_of_what_a_teacher_elsewhere_gives_is_part_of_a_node(tmp_path: Path, digits_shards: Path) -> None:
+    def seen(*overrides: str) -> dict[str, object]:
+        config = tiny_config(tmp_path, digits_shards, *overrides)
+        return relevant_config(config, find_node(config, "m2mkd"))
+
+    remote = ("teacher.feed=remote", "teacher.endpoints=[127.0.0.1:1]")
+    plain = seen()
+    assert seen(*remote) == seen(*remote, "teacher.payload=logits", "teacher.wire_dtype=fp16") == seen("teacher.feed=shm") == plain
+    rounded = seen(*remote, "teacher.wire_dtype=int8")
+    assert rounded == {**plain, "teacher.rounding": "hidden states in int8"}
+    assert describe_change(plain, rounded) == "teacher.rounding changed: none -> hidden states in int8"
+    assert describe_change(rounded, plain) == "teacher.rounding changed: hidden states in int8 -> none"
