@@ -256,10 +256,10 @@ def test_a_server_that_is_away_while_nobody_waits_is_no_loss(setting: Setting, o
 
     town.fault = cut
     feed = open_feed(town, teacher_config(patience_s=0.2, deadline_s=0.1, on_teacher_loss="fail"))
-    wait_until(lambda: town.asked["a:1"] == 3 and feed._prefetcher.num_under_way() == 1)
+    wait_until(lambda: town.asked["a:1"] == 3 and feed._answers._prefetcher.num_under_way() == 1)
     town.kill("a:1")
     gone.set()
-    wait_until(lambda: "nobody listens" in feed._keeper.describe())
+    wait_until(lambda: "nobody listens" in feed._answers._keeper.describe())
     run = list(zip(requests(), setting.expected(), strict=True))
     assert_same(feed.batch(run[0][0]), run[0][1])
     assert_same(feed.batch(run[1][0]), run[1][1])

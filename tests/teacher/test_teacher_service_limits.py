@@ -218,7 +218,7 @@ def test_a_stream_that_cannot_be_served_is_refused_at_the_greeting(
 ) -> None:
     service = make_service()
     for changes, told in [
-        ({"pairs": (1, 7)}, r"pairs: \(1, 7\): pair 7 is not served; this server has \[0, 1, 2\]"),
+        ({"pairs": (1, 7)}, r"pairs: the trainer asks for \[7\], this server has the teacher modules of \[0, 1, 2\]"),
         ({"layout": replace(LAYOUT, micro_batch_size=3)}, "layout: micro_batch_size is 3 and data.augment.mix_group is 2"),
         ({"payload": "logits", "with_teacher": False}, "with_teacher: payload=logits without teacher logits asks for nothing"),
         ({"payload": "image", "wire_dtype": "int8"}, "wire_dtype: int8 is for hidden states, and payload=image has none"),

@@ -133,13 +133,13 @@ def written_again(segment: Segment, ready: Ready) -> tuple[bytes, bytes, tuple[i
 
 
 def unsealed(segment: Segment, ready: Ready) -> tuple[bytes, bytes, tuple[int, ...]]:
-    fd = os.memfd_create("m2mkd_teacher")  # closed with the test's process
+    fd = os.memfd_create("another")  # closed with the test's process
     os.pwrite(fd, segment._data.tobytes(), 0)
     return frames.READY, ready.pack(), (fd,)
 
 
 def smaller(segment: Segment, ready: Ready) -> tuple[bytes, bytes, tuple[int, ...]]:
-    fd = os.memfd_create("m2mkd_teacher", os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create("another", os.MFD_ALLOW_SEALING)
     os.truncate(fd, 4096)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return frames.READY, ready.pack(), (fd,)
@@ -152,6 +152,10 @@ def with_head(change: Callable[[dict[str, list[list[object]]]], object]) -> Dama
         return frames.READY, replace(ready, head=json.dumps(tree).encode()).pack(), (segment.fd,)
 
     return damage
+
+
+def spec(name: str, dtype: str, size: int) -> dict[str, object]:
+    return {"name": name, "dtype": dtype, "shape": [size]}
 
 
 def with_tail(tail: bytes) -> Damage:
@@ -167,11 +171,11 @@ def with_tail(tail: bytes) -> Damage:
         (smaller, "no sealed segment of the announced size"),
         (lambda segment, ready: (frames.READY, ready.pack(), ()), "a segment that was never sent"),
         (lambda s, ready: (frames.READY, replace(ready, segment_bytes=2**40).pack(), (s.fd,)), "a segment of 1099511627776 bytes"),
-        (with_head(lambda tree: tree["tensors"].append(["big", "fp32", [501]])), "10017 bytes; at most 10000 were agreed"),
-        (with_head(lambda tree: tree["tensors"].append(["odd", "uint8", [7]])), "do not fit into the segment"),
+        (with_head(lambda tree: tree["tensors"].append(spec("big", "fp32", 501))), "10017 bytes; at most 10000 were agreed"),
+        (with_head(lambda tree: tree["tensors"].append(spec("odd", "uint8", 7))), "the head names a tensor twice"),
         (with_head(lambda tree: tree["tensors"].pop()), "a checksum does not match"),
         (with_head(lambda tree: tree["answer"].update(start=4)), "a checksum does not match"),
-        (with_tail(b""), "the tail cannot be read"),
+        (with_tail(b""), "a checksum does not match"),
         (with_tail(b'{"sums":[],"bytes":8013,"complete":true}'), "a checksum does not match"),
         (lambda segment, ready: (frames.READY, ready.pack()[:19], (segment.fd,)), "an answer of 19 bytes"),
         (lambda segment, ready: (frames.READY, struct.pack(">QQI", 1, 1, 2**31), ()), "a head longer than its message"),
