@@ -40,9 +40,9 @@ class TeacherBench:
     what feed=shm and feed=remote use."""
     feeds: tuple[Feed, ...] = FEEDS
     """Ways of the training step to its teacher: colocated, shm, remote."""
-    steps: int = 15
+    steps: int = 8
     """Training steps a round with each feed; 0 leaves them out."""
-    step_images: int = 8
+    step_images: int = 4
     """Images of a training step."""
     step_width: int = 192
     """Width of the small ViT of the training step, a multiple of 64."""
@@ -79,7 +79,7 @@ class TeacherBench:
         if not self.quick:
             return self
         plain = {field.name: field.default for field in fields(self)}
-        small: dict[str, Any] = {"images": 16, "batches": 6, "singles": 5, "rounds": 2, "steps": 6, "step_images": 4, "step_width": 64}
+        small: dict[str, Any] = {"images": 16, "batches": 6, "singles": 5, "rounds": 2, "steps": 6, "step_width": 64}
         # What was given beside --quick counts.
         return replace(self, **{name: value for name, value in small.items() if getattr(self, name) == plain[name]})
 

@@ -38,7 +38,7 @@ from m2mkd_ds.train.steps import pair_step
 
 TOKENS = 197
 BACKEND = "loop"
-CALIBRATION = 5
+CALIBRATION = 3
 """Steps of the trainer before each pass."""
 CPU = torch.device("cpu")
 _END = 10**9
