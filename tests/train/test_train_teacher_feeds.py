@@ -91,8 +91,9 @@ def test_the_trainer_logs_what_the_feed_cost(out: Path) -> None:
 
 def test_the_server_counted_every_answer_and_left_when_told(out: Path) -> None:
     values = json.loads((out / "counters.json").read_text())
-    # Five runs of six steps, two micro-steps, two ranks; and one evaluation of two batches, by two ranks, for both pairs at once.
-    assert values["answers_total"] == 5 * STEPS * 2 * 2 + 2
+    # Five runs of six steps, two micro-steps, two ranks. Evaluation images come from the server where a trainer reads none itself: in
+    # four runs, one batch for each of two ranks.
+    assert values["answers_total"] == 5 * STEPS * 2 * 2 + 4 * 2
     assert (out / "server.code").read_text() == "0", (out / "server_a.txt").read_text()
     assert not (out / "s").exists()
 
