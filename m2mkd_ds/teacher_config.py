@@ -38,7 +38,7 @@ class TeacherConfig:
     uint8 with data.decode=fast). logits: these alone, the trainer reads the shards itself."""
     wire_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     """Of hidden states on the way. auto: the precision of the phase, which changes no bit. fp16 is refused for values beyond its range.
-    int8: one scale for 128 numbers, about half a percent of error (docs/teacher_server.md); never chosen by itself."""
+    int8: one scale for 128 numbers, about 0.6 % of error, up to 2 % with outlier channels; never chosen by itself."""
     on_teacher_loss: Literal["wait", "fail", "colocate"] = "wait"
     """When no server answers. wait: for `patience_s`, then stop. fail: stop once each was tried. colocate: go on with the teacher in the
     trainer's own process, with the same bytes; needs the shards and the teacher's modules here."""

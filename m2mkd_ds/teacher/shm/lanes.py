@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack
 from m2mkd_ds.teacher.server.service import TeacherService
 from m2mkd_ds.teacher.shm import frames
+from m2mkd_ds.teacher.shm.frames import Ready
 from m2mkd_ds.teacher.shm.segment import Segment, segment_bytes
 
 log = logging.getLogger("m2mkd_ds")
@@ -139,20 +140,26 @@ class Lane:
         elif kind == frames.STATUS:
             self._send(frames.STATE, pack(service.status()))
         elif kind == frames.GOLDEN:
-            self._deliver(service.golden(unpack(Golden, body)))
+            self._hand_over(self._written(service.golden(unpack(Golden, body))))
         elif kind == frames.GET:
             request = unpack(GetBatch, body)
             with self._grants.request(request.client):
-                self._deliver(service.get(request))
+                # The lease ends with the copy: from then on the segment counts, and not the answer.
+                with service.answering(request) as answer:
+                    ready = self._written(answer)
+                del answer  # its memory need not wait for the client
+                self._hand_over(ready)
         else:
             raise frames.FrameError(f"a message of kind {kind!r} where a request belongs")
 
-    def _deliver(self, answer: Answer) -> None:
-        """Write the answer, announce it, wait until it was taken."""
-        segment = self._fitting_segment(answer)
-        ready = segment.write(answer)
-        del answer  # its memory need not wait for the client
-        self._send(frames.READY, ready.pack(), () if self._announced else (segment.fd,))
+    def _written(self, answer: Answer) -> Ready:
+        """What to say about the answer, once it lies in the lane's segment."""
+        return self._fitting_segment(answer).write(answer)
+
+    def _hand_over(self, ready: Ready) -> None:
+        """Announce what was written, and wait until it was taken."""
+        assert self._segment is not None
+        self._send(frames.READY, ready.pack(), () if self._announced else (self._segment.fd,))
         self._announced = True
         told = self._receive()
         if told is None:
