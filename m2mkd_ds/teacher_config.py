@@ -69,6 +69,8 @@ def check_teacher_config(teacher: TeacherConfig) -> None:
     """Refuse fields that do not fit together. Raises ValueError with one sentence."""
     if teacher.source == "pretrained" and not teacher.weights:
         raise ValueError("teacher.source=pretrained needs teacher.weights: a .safetensors or .pth file, or `timm`")
+    if teacher.is_remote and teacher.wire_dtype == "int8" and teacher.payload != "hidden":
+        raise ValueError(f"teacher.wire_dtype=int8 is for hidden states, and teacher.payload={teacher.payload} has none; use auto")
     if teacher.feed == "remote" and not teacher.endpoints:
         raise ValueError("teacher.feed=remote needs teacher.endpoints, for example --set teacher.endpoints=[10.0.0.7:8815], or [file:PATH]")
     if teacher.feed == "replay" and not teacher.replay:

@@ -80,9 +80,10 @@ class BadSampleList:
             self.close()
             barrier()  # a rank that ends makes the launcher end the others: rank 0 must have written by then
             if reasons:
+                listed = f" {self.total} damaged samples ({self.summary()}) are listed in {self.file}." if self.total else ""
                 raise BadDataError(
-                    f"{self._what}: no image could be read at step {step}: {reasons[0]}. {self.total} damaged samples ({self.summary()}) "
-                    f"are listed in {self.file}: check that the shards can be reached, and them with `m2mkd shards verify`"
+                    f"{self._what}: a batch could not be had at step {step}: {reasons[0]}.{listed} Check that the shards can be reached, "
+                    "and them with `m2mkd shards verify`; no weight was changed in this step"
                 )
             raise BadDataError(
                 f"{self._what}: {self.total} training samples are damaged at step {step}, and data.max_bad_samples allows {self.cap} "

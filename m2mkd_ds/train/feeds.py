@@ -144,7 +144,8 @@ def _replay(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherF
     from m2mkd_ds.teacher.stored.replay import LogitsStore, ReplayFeed
 
     ctx = plan.ctx
-    store = LogitsStore(Path(teacher.replay), run_fingerprints(ctx, plan.phase, plan.pairs))
+    prints = run_fingerprints(ctx, plan.phase, plan.pairs)
+    store = LogitsStore(Path(teacher.replay), {name: value for name, value in prints.items() if not name.startswith("validation.")})
     store.check_run(plan.layout, ctx.config.data.augment, [pair.index for pair in plan.pairs], plan.total_steps, start_step)
     base = plan.colocated(start_step, with_teacher=False)
     return ReplayFeed(base, store, device=ctx.world.device, dtype=ctx.dtype(plan.phase.precision))

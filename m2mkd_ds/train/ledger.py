@@ -30,7 +30,7 @@ class SlotLedger:
         self._hash = (self._hash + slot_hash(slot_ids_B.numpy())) % 2**64
 
     def check(self, step: int) -> None:
-        """At the end of step `step` - 1: raises SlotLedgerError, on every rank, when the ranks' sums are not the plan's. Collective."""
+        """After step `step` - 1: raises SlotLedgerError, on every rank, when the ranks' sums are not the plan's. Collective."""
         planned = np.arange(self._layout.positions(self._start, 0, 0).start, self._layout.positions(step, 0, 0).start)
         sums = torch.tensor([self._count, _signed(self._hash)], device=self._world.device)
         count, hashed = all_reduce_sum(sums).tolist()  # int64 sums wrap, as the hash does

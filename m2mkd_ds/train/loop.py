@@ -102,15 +102,16 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
                     trainee.pending["data/bad_samples"] = bad.total
                 clock, since_log, fed = now, 0, Fed()
             done = step + 1
-            if done == job.total_steps or _ends_epoch(job, done):
-                ledger.check(done)
+            is_saved = done % job.phase.checkpoint_steps == 0 or done == job.total_steps
+            if is_saved or _ends_epoch(job, done):
+                ledger.check(done)  # before the weights are saved: a checkpoint holds none that were trained otherwise
             if done == job.total_steps or (eval_every and done % eval_every == 0):
                 _evaluate(job, active)
                 clock, since_log, fed = time.monotonic(), 0, Fed()  # throughput is that of training alone
             for trainee in active:
                 if trainee.metrics is not None and trainee.pending:
                     trainee.metrics.write({"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending})
-                if done % job.phase.checkpoint_steps == 0 or done == job.total_steps:
+                if is_saved:
                     save(trainee, job)
             bar.advance(note=_note(active))
 
@@ -179,10 +180,10 @@ def _after_optimizer_step(trainee: Trainee, step: int, grad_norm: float | None) 
 def _agree(
     losses: list[tuple[str, range, Tensor]], found: list[BadSample], lost: str, step: int, world: World, bad: BadSampleList
 ) -> None:
-    """Before the optimizer step, in one sum over the ranks: did any see a NaN or infinite loss (trainee, slots, loss), or damaged
-    samples (a lost batch has some)? Then every rank raises, or records them."""
+    """Before the optimizer step, in one sum over the ranks: did any see a NaN or infinite loss (trainee, slots, loss), damaged samples,
+    or a lost batch? Then every rank raises, or records them."""
     bad_losses = ~torch.isfinite(torch.stack([loss for _, _, loss in losses]))
-    counts = torch.stack([bad_losses.sum(), torch.full_like(bad_losses[0], len(found), dtype=torch.int64)])
+    counts = torch.stack([bad_losses.sum(), torch.full_like(bad_losses[0], len(found) + bool(lost), dtype=torch.int64)])
     not_finite, damaged = all_reduce_sum(counts.to(world.device)).tolist()  # the step's one host sync
     if damaged:
         bad.add(step + 1, found, lost)

@@ -35,7 +35,8 @@ def run_fingerprints(ctx: RunContext, phase: PhaseConfig, pairs: tuple[TeachingP
     The hashes of weights are those that the finished nodes recorded, so a trainer needs no teacher module to know them.
     """
     prints = fingerprints(ctx.config, ctx.train_index, precision=ctx.precision(phase.precision), weights=_recorded(ctx, pairs))
-    return {**prints, "validation.shards": ctx.val_index.fingerprint}
+    # Of evaluation images, which a server gives as well; `stored` logits have no use for them.
+    return {**prints, "validation.shards": ctx.val_index.fingerprint, "validation.crop_pct": f"{ctx.config.data.crop_pct:g}"}
 
 
 def check_files(ctx: RunContext, pairs: tuple[TeachingPair, ...]) -> None:

@@ -334,8 +334,25 @@ def test_a_server_that_compares_nothing_is_found_out_by_its_welcome(setting: Set
     welcomed = service.hello
     service.hello = lambda hello: replace(welcomed(hello), fingerprints={**setting.prints, "seed": "8"})  # type: ignore[method-assign]
     feed = open_feed(town, teacher_config())
-    with pytest.raises(TeacherRefusedError, match="seed: the trainer has 7, it 8"):
+    with pytest.raises(TeacherRefusedError, match="seed: the trainer has 7, the server has 8"):
         feed.batch(requests()[0])
+
+
+@pytest.mark.parametrize(("lost", "is_refused"), [("wait", False), ("colocate", True)])
+def test_another_version_is_refused_only_where_the_trainer_may_come_to_make_images(
+    setting: Setting, open_feed: OpenFeed, lost: str, is_refused: bool
+) -> None:
+    town = setting.town("a:1")
+    service = town.services["a:1"]
+    welcomed = service.hello
+    other = {**setting.prints, "version.pillow": "1.0"}
+    service.hello = lambda hello: replace(welcomed(hello), fingerprints=other)  # type: ignore[method-assign]
+    feed = open_feed(town, teacher_config(on_teacher_loss=lost), fallback=setting.colocated)
+    if is_refused:
+        with pytest.raises(TeacherRefusedError, match="version.pillow: the trainer has .*, the server has 1.0"):
+            feed.batch(requests()[0])
+    else:
+        assert feed.batch(requests()[0]).slot_ids_B.tolist() == list(requests()[0].slots)
 
 
 def test_a_golden_mismatch_stops_the_run_before_a_batch(setting: Setting, open_feed: OpenFeed) -> None:

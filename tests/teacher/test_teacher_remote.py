@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from m2mkd_ds.config import RunConfig
+from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.client.remote import LogitsFeed, RemoteFeed, wire_dtype
+from m2mkd_ds.teacher.client.remote import LogitsFeed, RemoteFeed, other_images, wire_dtype
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, LinkError
 from tests.teacher.conftest import LIMITS
@@ -283,3 +284,14 @@ def test_half_precision_on_the_way_rounds_hidden_states_once_and_nothing_else(se
         rounded = {i: h.bfloat16().float() if i else h for i, h in batch.hidden.items()}
         ours = replace(ours, hidden=ours.hidden | {0: batch.hidden[0]})  # whether pixels are rounded is the server's to say
         assert_same(ours, replace(batch, hidden=rounded))
+
+
+def test_logits_of_another_image_than_the_one_here_stop_the_run() -> None:
+    def side(*bad: tuple[int, int]) -> TeacherBatch:
+        told = tuple(BadSample("io", "shard-000000.tar", "key", 5, position, substitute, "gone") for position, substitute in bad)
+        return TeacherBatch(hidden={}, teacher_logits={}, targets_BV=torch.zeros(1, 1), slot_ids_B=torch.zeros(1), bad=told)
+
+    assert other_images(side((40, 6)), side((40, 6))) == other_images(side(), side()) == ""
+    assert "position 40: its image was read here and replaced by sample 6 by the teacher server" in other_images(side(), side((40, 6)))
+    assert "position 40: its image was replaced by sample 6 here and read by the teacher server" in other_images(side((40, 6)), side())
+    assert "replaced by sample 6 here and replaced by sample 7 by" in other_images(side((40, 6)), side((40, 7)))

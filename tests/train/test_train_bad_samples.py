@@ -92,7 +92,7 @@ def test_a_job_that_goes_on_knows_what_was_met_before_its_first_step_and_forgets
 
 def test_where_nothing_can_be_read_the_list_is_written_before_the_error(world: World, tmp_path: Path) -> None:
     bads = new_list(world, tmp_path)
-    with pytest.raises(BadDataError, match=r"^m2mkd: no image could be read at step 3: the disk is gone\. 2 damaged .*\(io 2; .*verify`$"):
+    with pytest.raises(BadDataError, match=r"^m2mkd: a batch could not be had at step 3: the disk is gone\. 2 damaged .*\(io 2; .*verify`"):
         bads.add(3, [replace(bad(i, kind="io"), substitute=-1) for i in (7, 8)], lost="the disk is gone")
     assert [(record["step"], record["sample"], record["substitute"]) for record in read_metrics(bads.file)] == [(3, 7, -1), (3, 8, -1)]
 

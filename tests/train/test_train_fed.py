@@ -54,21 +54,25 @@ class CountingEngine:
 class Feed:
     """Two images a batch that say to have cost 0.05 s and one fallback; from step `lost_at` on, none."""
 
-    def __init__(self, lost_at: int) -> None:
-        self.lost_at = lost_at
+    def __init__(self, lost_at: int, tells: bool) -> None:
+        self.lost_at, self.tells = lost_at, tells
 
     def batch(self, request: BatchRequest) -> TeacherBatch:
         lost = request.step >= self.lost_at
         return TeacherBatch(
-            hidden={0: torch.zeros(2, 3, 4, 4)}, teacher_logits={}, targets_BV=torch.ones(2, 1), slot_ids_B=torch.arange(2),
-            bad=(GONE,) if lost else (), lost="the disk is gone" if lost else "", wait_s=0.05, fallbacks=1,
+            hidden={0: torch.zeros(2, 3, 4, 4)}, teacher_logits={}, targets_BV=torch.ones(2, 1), slot_ids_B=torch.tensor(request.slots),
+            bad=(GONE,) if lost and self.tells else (), lost="the disk is gone" if lost else "", wait_s=0.05, fallbacks=1,
         )  # fmt: skip
+
+    def metrics(self) -> dict[str, float]:
+        """None of its own."""
+        return {}
 
     def close(self) -> None:
         """Nothing to release."""
 
 
-def make_job(world: World, folder: Path, *, lost_at: int = 99, loss: float = 1.0) -> tuple[loop.Job, CountingEngine]:
+def make_job(world: World, folder: Path, *, lost_at: int = 99, loss: float = 1.0, tells: bool = True) -> tuple[loop.Job, CountingEngine]:
     engine = CountingEngine()
     trainee = loop.Trainee(
         name="end_to_end", pair=0, folder=folder, engine=cast(Any, engine), fingerprint="f",
@@ -77,7 +81,7 @@ def make_job(world: World, folder: Path, *, lost_at: int = 99, loss: float = 1.0
     phase = PhaseConfig(micro_batch_size=2, gradient_accumulation_steps=2, lr=1e-3, lr_batch=0, warmup_epochs=0, log_steps=2, eval_epochs=0)
     return loop.Job(
         phase_name="end_to_end", phase=phase, world=world, seed=0, total_steps=5, num_images=8, trainees=[trainee],
-        make_feed=lambda start: cast(Any, Feed(lost_at)), evaluate=lambda trainees: {}, with_teacher=False, folder=folder,
+        make_feed=lambda start: cast(Any, Feed(lost_at, tells)), evaluate=lambda trainees: {}, with_teacher=False, folder=folder,
         stream=StreamState(seed=0, fingerprint="", order="global", position=0), max_bad_samples=100,
     ), engine  # fmt: skip
 
@@ -96,7 +100,14 @@ def test_waiting_and_fallbacks_are_those_of_the_interval(world: World, tmp_path:
 def test_a_lost_batch_stops_the_job_before_the_step_and_after_the_list_is_written(world: World, tmp_path: Path) -> None:
     job, engine = make_job(world, tmp_path, lost_at=3)
     # The loss of such a batch means nothing: that it is NaN is not what is told.
-    with pytest.raises(BadDataError, match="end_to_end: no image could be read at step 4: the disk is gone"):
+    with pytest.raises(BadDataError, match="end_to_end: a batch could not be had at step 4: the disk is gone"):
         loop.train(job)
     assert engine.steps == 7  # two for each of three steps, and the micro-step of the fourth that only adds up gradients
     assert [(record["step"], record["sample"]) for record in read_metrics(tmp_path / "bad_samples.jsonl")] == [(4, 7), (4, 7)]
+
+
+def test_a_lost_batch_stops_the_job_also_without_a_damaged_sample_to_list(world: World, tmp_path: Path) -> None:
+    job, engine = make_job(world, tmp_path, lost_at=3, tells=False)  # as with a damaged file of stored logits
+    with pytest.raises(BadDataError, match=r"a batch could not be had at step 4: the disk is gone\. Check that"):
+        loop.train(job)
+    assert engine.steps == 7

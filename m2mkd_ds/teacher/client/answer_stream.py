@@ -38,7 +38,8 @@ class AnswerStream:
         self._config, self._pace = config, pace
         self.counts = Counts()
         self._keeper = Keeper(
-            EndpointList(config.endpoints, config.feed), hello, connect, golden, deadline_s=config.deadline_s, pace=pace
+            EndpointList(config.endpoints, config.feed), hello, connect, golden, deadline_s=config.deadline_s, pace=pace,
+            may_decode=config.on_teacher_loss == "colocate",
         )  # fmt: skip
         servers = Servers(self._keeper, hello, config, receive, self.counts, pace)
 

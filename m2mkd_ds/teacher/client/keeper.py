@@ -16,6 +16,7 @@ from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.endpoints import EndpointList, check_endpoint
 from m2mkd_ds.teacher.client.links import Link, Pace, Session, StoppedError, TeacherRefusedError
 from m2mkd_ds.teacher.protocol.connection import Connection
+from m2mkd_ds.teacher.protocol.handshake import check_welcome
 from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, LinkError, Welcome
 
 Greeting = Callable[[Connection, Welcome], None]
@@ -34,9 +35,11 @@ class Keeper:
         *,
         deadline_s: float,
         pace: Pace,
+        may_decode: bool = False,
     ) -> None:
+        """`may_decode`: this trainer may come to make images itself, so its decoder's version must be the servers'."""
         self._endpoints, self._hello, self._connect, self._golden = endpoints, hello, connect, golden
-        self._deadline_s, self._pace = deadline_s, pace
+        self._deadline_s, self._pace, self._may_decode = deadline_s, pace, may_decode
         self.changed = threading.Condition()
         """Guards all that follows, and the fields of links; told of every change."""
         self.links = {endpoint: Link(endpoint) for endpoint in endpoints.current}
@@ -242,9 +245,12 @@ class Keeper:
             raise refusal(link.endpoint, FeedError("mismatch", sentence))
         if not self._hello.oldest_protocol <= welcome.protocol <= self._hello.newest_protocol:
             raise refusal(link.endpoint, FeedError("mismatch", f"protocol: it chose {welcome.protocol}, which this trainer does not speak"))
-        for name, ours in self._hello.fingerprints.items():
-            if welcome.fingerprints.get(name) != ours:
-                raise refusal(link.endpoint, FeedError("mismatch", f"{name}: the trainer has {ours}, it {welcome.fingerprints.get(name)}"))
+        try:
+            differences = check_welcome(welcome, self._hello.fingerprints, decodes=self._hello.payload == "logits" or self._may_decode)
+        except FeedError as err:
+            raise refusal(link.endpoint, err) from None
+        for sentence in differences:
+            logger.warning("teacher server %s: %s; images may differ by rounding", link.endpoint, sentence)
 
     def _beat(self, link: Link, session: Session) -> None:
         """Ask an idle server how it is; one that misses a few is as good as dead, and calls that wait for it end."""

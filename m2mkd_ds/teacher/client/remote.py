@@ -179,8 +179,10 @@ class LogitsFeed:
             self._images.close()
             return told
         images = self._images.batch(replace(request, with_teacher=False))
+        lost = images.lost or told.lost or other_images(images, told)
         return replace(
-            images, teacher_logits=told.teacher_logits, lost=images.lost or told.lost, wait_s=images.wait_s + told.wait_s
+            images, teacher_logits=told.teacher_logits, lost=lost, bad=tuple(dict.fromkeys((*images.bad, *told.bad))),
+            wait_s=images.wait_s + told.wait_s,
         )  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
@@ -191,6 +193,19 @@ class LogitsFeed:
         """Both."""
         self._images.close()
         self._logits.close()
+
+
+def other_images(ours: TeacherBatch, theirs: TeacherBatch) -> str:
+    """Why the server's logits are not those of the images here: one side replaced a damaged image that the other could read."""
+    here, there = ({bad.position: bad.substitute for bad in side.bad} for side in (ours, theirs))
+    for position in sorted(here.keys() | there.keys()):
+        if here.get(position) != there.get(position):
+            told = ["read" if side.get(position) is None else f"replaced by sample {side[position]}" for side in (here, there)]
+            return (
+                f"stream position {position}: its image was {told[0]} here and {told[1]} by the teacher server, so the logits are another "
+                "image's; check the shards on both hosts with `m2mkd shards verify`"
+            )
+    return ""
 
 
 def wire_dtype(config: TeacherConfig, dtype: torch.dtype) -> WireDtype:

@@ -22,6 +22,7 @@ from m2mkd_ds.config import AugmentConfig
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
+from m2mkd_ds.teacher.protocol.handshake import DECODING
 from m2mkd_ds.teacher.stored.export import positions_of_steps
 from m2mkd_ds.teacher.stored.logit_files import DTYPES, StoreError, check_prints, check_sums, covering, read_manifest, read_rows
 
@@ -37,7 +38,7 @@ class LogitsStore:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self.contents, self._parts = self.manifest.contents, self.manifest.parts
-        check_prints(expected_prints, self.contents.fingerprints, str(folder))
+        check_prints(_of_images_and_weights(expected_prints, self.contents.fingerprints, folder), self.contents.fingerprints, str(folder))
         self._sums: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="checksums")
@@ -183,6 +184,15 @@ class ReplayFeed:
                     f"were made, and is {_stood_in(ours.get(position))} now; repair the shards and export again"
                 )
         return ""
+
+
+def _of_images_and_weights(expected: Mapping[str, str], stored: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What must be equal: all but versions of packages that make no pixels; those are logged where they differ."""
+    free = [name for name in expected if name.startswith("version.") and name not in DECODING]
+    for name in free:
+        if stored.get(name) != expected[name]:
+            logger.warning("%s: %s: this run has %s, the logits were made with %s", folder, name, expected[name], stored.get(name))
+    return {name: value for name, value in expected.items() if name not in free}
 
 
 def _told(layout: BatchLayout) -> str:
