@@ -87,11 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"m2mkd: {err.filename}: {err.strerror}\n")
         sys.exit(2 if isinstance(err, (NotADirectoryError, IsADirectoryError, PermissionError)) else 1)
+    except ImportError as err:
+        if os.environ.get("M2MKD_DEBUG") or "pip install" not in str(err):
+            raise
+        sys.stderr.write(f"m2mkd: {err}\n")  # an optional package, and how to get it
+        sys.exit(2)
     except RuntimeError as err:
+        from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
         from m2mkd_ds.train.launch import LaunchError
 
-        if not isinstance(err, LaunchError):
+        if os.environ.get("M2MKD_DEBUG") or not isinstance(err, (LaunchError, TeacherLostError, TeacherRefusedError)):
             raise
-        # The failed job has told its own reason above.
+        # A failed job has told its own reason above; the other two are sentences for people.
         sys.stderr.write(f"m2mkd: {err}\n")
-        sys.exit(1)
+        sys.exit(2 if isinstance(err, TeacherRefusedError) else 1)

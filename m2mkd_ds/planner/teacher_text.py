@@ -21,6 +21,7 @@ def format_plan(plan: TeacherPlan) -> str:
         f"{plan.name}: {len(plan.pair_jobs)} pairs, hidden states of {plan.tokens} x {plan.width}, {plan.precision}, decode={plan.decode}\n"
         f"Assumed: jobs of {cluster.trainer_gpus} trainer GPUs of {gpu.tflops:g} TFLOP/s at {100 * gpu.mfu_trainer:g} %, server GPUs of "
         f"{server}, {cluster.network_gbps:g} Gb/s of which {100 * cluster.network_share:g} % are usable.\n"
+        + ("The phase runs in fp32: give --tflops, the peak of your GPUs in fp32.\n" if plan.precision == "fp32" else "")
         + (f"Given: {cluster.images_per_s:g} images a second a job.\n" if cluster.images_per_s else "")
     )
     return "\n".join([head, _text(_work_table(plan)), _text(_traffic_table(plan)), *_sentences(plan)]) + "\n"

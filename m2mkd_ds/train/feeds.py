@@ -85,12 +85,18 @@ def needs_images(teacher: TeacherConfig, phase: str) -> bool:
 
 
 def check_feed(teacher: TeacherConfig) -> None:
-    """Raises ConfigError for settings under which a starving rank could not say why it starves."""
+    """Raises ConfigError for settings that cannot work, before anything is loaded: endpoints, files of keys and tokens, patience."""
     if teacher.is_remote and teacher.patience_s >= COLLECTIVE_TIMEOUT_S:
         raise ConfigError(
             f"teacher.patience_s is {teacher.patience_s:g}; it must be below the time-out of collectives, {COLLECTIVE_TIMEOUT_S:g} s: "
             "else the other ranks would end the job before the one that waits for its teacher says so"
         )
+    if teacher.feed == "remote":
+        from m2mkd_ds.teacher.client.connect import check_endpoints
+        from m2mkd_ds.teacher.flight.security import ClientSecurity
+
+        check_endpoints(teacher.endpoints, teacher.feed)
+        ClientSecurity(teacher.tls_ca, teacher.tls_cert, teacher.tls_key, teacher.token_file).load()
 
 
 def _remote(plan: FeedPlan, teacher: TeacherConfig, start_step: int) -> TeacherFeed:

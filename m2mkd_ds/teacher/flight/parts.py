@@ -7,6 +7,7 @@ limits to a few KB, less than the slots of a poisoned batch need.
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from typing import Any, get_args
 
@@ -84,6 +85,8 @@ def from_batch(batch: Any) -> memoryview:
 
 def import_flight() -> Any:
     """pyarrow.flight. Raises ImportError with the line that installs it."""
+    # gRPC writes lines of its own to stderr, one a failed handshake; what they say is told in sentences of ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from pyarrow import flight
     except ImportError as err:

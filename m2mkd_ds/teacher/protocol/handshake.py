@@ -143,13 +143,16 @@ def check_hello(hello: Hello, prints: Mapping[str, str], limits: Limits) -> None
         raise FeedError("bad_request", f"micro_batch_size is {hello.layout.micro_batch_size}; this server gives at most {limits.max_count}")
     if hello.rank >= hello.layout.world:
         raise FeedError("bad_request", f"rank is {hello.rank}; the layout has {hello.layout.world} ranks")
-    decodes = hello.payload == "logits"
-    _refuse_differences(hello.fingerprints, prints, decodes=decodes)
     served = sorted(int(name.removeprefix("weights.teacher.")) for name in prints if name.startswith("weights.teacher."))
     # Validation images are of no pair.
     absent = [pair for pair in hello.pairs if pair not in served] if hello.payload != "evaluation" else []
     if absent:
-        raise FeedError("bad_request", f"pairs: the trainer asks for {absent}, this server has the teacher modules of {served}")
+        raise FeedError(
+            "bad_request",
+            f"pairs: the trainer asks for {absent}, this server has the teacher modules of {served}: start it with --pair all, or train "
+            "those with --pair",
+        )
+    _refuse_differences(hello.fingerprints, prints, decodes=hello.payload == "logits")
 
 
 def check_welcome(welcome: Welcome, prints: Mapping[str, str], *, decodes: bool) -> tuple[str, ...]:

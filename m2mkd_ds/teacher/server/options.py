@@ -12,8 +12,8 @@ class ServerOptions:
     """Options of `m2mkd teacher-server`."""
 
     listen: tuple[str, ...] = ()
-    """HOST:PORT (port 0: any free one) for trainers elsewhere, unix:PATH for trainers on this host; repeat it for both at once. Without
-    it: 127.0.0.1:8815."""
+    """HOST:PORT (port 0: any free one) for trainers elsewhere, unix:PATH for trainers on this host; repeat it for both at once.
+    By default 127.0.0.1:8815."""
     tls_cert: str = ""
     """PEM file of this server's certificate; needed to listen beyond loopback, as the next three are."""
     tls_key: str = ""
