@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
@@ -19,6 +19,12 @@ from m2mkd_ds import __version__
 from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, bench  # noqa: F401  # isort: skip  (they register, in this order)
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
+
+
+_TAUGHT_VERBS: dict[str, Callable[..., None]] = {
+    "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
+}  # fmt: skip
+"""Verbs whose own --help says more than the line that lists them."""
 
 
 def take_launcher_flags(argv: Sequence[str]) -> list[str]:
@@ -68,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["bench"]:
             bench_app.cli(prog="m2mkd bench", description="Measurements against other projects.", args=arguments[1:])
             return
-        if arguments[:1] == ["few-shot"]:
-            tyro.cli(few_shot.few_shot, prog="m2mkd few-shot", args=arguments[1:])
+        if arguments[:1] and arguments[0] in _TAUGHT_VERBS:
+            tyro.cli(_TAUGHT_VERBS[arguments[0]], prog=f"m2mkd {arguments[0]}", args=arguments[1:])
             return
         app.cli(
             prog="m2mkd",

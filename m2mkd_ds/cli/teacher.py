@@ -14,7 +14,8 @@ from m2mkd_ds.planner.teacher_plan import Cluster
 from m2mkd_ds.teacher.server.options import ServerOptions
 
 
-@app.command(name="teacher-server")
+# `help` is what `m2mkd --help` lists; `main` sends the verb's own words past it, so that its --help says everything.
+@app.command(name="teacher-server", help="Serve a teacher's hidden states and logits to trainers.")
 def teacher_server(
     *,
     recipe: str = "",
@@ -64,7 +65,7 @@ def teacher_server(
     serve(resolved, server, pair)
 
 
-@app.command(name="teacher-export")
+@app.command(name="teacher-export", help="Store a teacher's logits in files, for teacher.feed=replay.")
 def teacher_export(
     *,
     out_dir: Annotated[Path, tyro.conf.arg(name="out")],
