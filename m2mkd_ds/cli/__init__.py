@@ -20,7 +20,6 @@ from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, 
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
-
 _TAUGHT_VERBS: dict[str, Callable[..., None]] = {
     "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
 }  # fmt: skip

@@ -204,7 +204,8 @@ def test_debug_mode_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatc
 
 def test_help_reads_well(run: Run) -> None:
     """No empty default, no doubled word, and one line or two for every verb."""
-    for words in (("train",), ("pipeline",), ("recipes",), ("import",), ("shards", "index"), ("bench", "loader"), ("few-shot",), ("teacher-server",), ("teacher-export",)):
+    verbs = "train", "pipeline", "recipes", "import", "shards index", "bench loader", "few-shot", "teacher-server", "teacher-export"
+    for words in map(str.split, verbs):
         ended = run(*words, "--help")
         assert ended.code == 0 and "(default: )" not in ended.out and "options options" not in ended.out, ended.out
     assert "SHARDS" in run("few-shot", "--help").out  # its examples are there, and not in the list of verbs
