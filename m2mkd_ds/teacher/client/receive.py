@@ -61,8 +61,14 @@ class Assembler:
         """What the request asked for, out of an answer that `receive` let pass; it may hold more pairs than that.
 
         The answer is released by this. Without pixels in it (payload=logits) there are no hidden states, and the targets are empty [B, 0].
+        Raises RuntimeError for the answer of another place in the stream.
         """
         tensors, head = answer.tensors, answer.head
+        if (head.start, head.step, head.micro_step) != (request.slots.start, request.step, request.micro_step):
+            raise RuntimeError(
+                f"step {request.step}.{request.micro_step} at stream position {request.slots.start} was asked for, and the answer is that "
+                f"of step {head.step}.{head.micro_step} at position {head.start}"
+            )
         hidden = {i: self._hidden(tensors, f"hidden.{i}") for i in request.pairs if f"hidden.{i}" in tensors}
         targets_BV = tensors["targets"].to(self.device, non_blocking=True) if "targets" in tensors else torch.empty(len(request.slots), 0)
         if "image.pixels" in tensors and (head.payload == "image" or 0 in request.pairs):
@@ -75,7 +81,9 @@ class Assembler:
             logits = {i: tensors[f"logits.{i}"].to(self.device, non_blocking=True) for i in request.pairs}
         batch = TeacherBatch(
             hidden={i: hidden[i] for i in request.pairs if i in hidden}, teacher_logits=logits, targets_BV=targets_BV,
-            slot_ids_B=torch.tensor(request.slots), bad=head.bad, lost=head.lost, wait_s=wait_s, fallbacks=head.fallbacks,
+            # From the answer, not the request: what the run's ledger holds is what came.
+            slot_ids_B=torch.arange(head.start, head.start + len(request.slots)), bad=head.bad, lost=head.lost, wait_s=wait_s,
+            fallbacks=head.fallbacks,
         )  # fmt: skip
         self._release(answer)
         return batch
