@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
 from m2mkd_ds.teacher.client.remote import RemoteFeed
+from m2mkd_ds.teacher.protocol import codec
 from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, LinkError
 from tests.teacher.conftest import LIMITS
 from tests.teacher.town import (
@@ -161,6 +163,28 @@ def test_answers_to_other_questions_are_dropped_and_counted(setting: Setting, op
     run_out(feed, setting.expected())
     told = feed.metrics()
     assert told["teacher/duplicates"] == told["teacher/retries"] == 10 and told["teacher/corrupt"] == 0
+
+
+def test_what_a_head_announces_is_judged_before_there_is_memory_for_it(
+    setting: Setting, open_feed: OpenFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    town, huge, made = setting.town("a:1"), Once(), list[int]()
+    make = codec.FrameReader._made
+
+    def counted(self: codec.FrameReader, specs: Sequence[codec.TensorSpec]) -> dict[str, torch.Tensor]:
+        made.append(max(spec.num_bytes for spec in specs))
+        return make(self, specs)
+
+    def swollen(endpoint: str, request: GetBatch, answer: Callable[[], Answer]) -> Answer:
+        got = answer()
+        # Fewer bytes than were agreed at most, and nothing that was asked for.
+        return Answer(got.head, got.tensors | {"extra": torch.zeros(2**19)}) if huge(request.start) else got
+
+    monkeypatch.setattr(codec.FrameReader, "_made", counted)
+    town.fault = swollen
+    feed = open_feed(town, teacher_config())
+    run_out(feed, setting.expected())
+    assert feed.metrics()["teacher/corrupt"] == 10 and max(made) < 2**21
 
 
 def test_a_draining_server_ends_what_it_has_and_the_one_that_it_names_goes_on(setting: Setting, open_feed: OpenFeed) -> None:

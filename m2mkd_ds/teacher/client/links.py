@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from m2mkd_ds.teacher.protocol.codec import Accept
 from m2mkd_ds.teacher.protocol.connection import Connection
 from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Welcome
 
@@ -76,7 +77,7 @@ class Session:
         self._calls, self._retired, self._closed = 0, False, False
         self.heard()
 
-    def get(self, request: GetBatch, deadline_s: float) -> Answer:
+    def get(self, request: GetBatch, deadline_s: float, accept: Accept) -> Answer:
         """One micro-batch, once the server's limit on requests allows it. Raises FeedError, LinkError."""
         until = time.monotonic() + deadline_s
         with self._lock:
@@ -85,7 +86,7 @@ class Session:
             if not self._credits.acquire(timeout=deadline_s):
                 raise FeedError("retry_later", f"its limit of {self.welcome.limits.max_in_flight} requests at a time is used up")
             try:
-                answer = self.connection.get(request, max(0.01, until - time.monotonic()))
+                answer = self.connection.get(request, max(0.01, until - time.monotonic()), accept)
             finally:
                 self._credits.release()
             self.heard()

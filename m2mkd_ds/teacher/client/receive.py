@@ -6,7 +6,7 @@ Shape letters: B images, L tokens, D teacher width, V classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,9 +19,10 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
-from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, check_answer
+from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, check_answer, check_specs
+from m2mkd_ds.teacher.protocol.codec import TensorSpec
 from m2mkd_ds.teacher.protocol.numbers import from_wire
-from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch
 
 
 class Assembler:
@@ -44,6 +45,10 @@ class Assembler:
         self._meta, self._shapes = meta, shapes
         self._pairs = {pair.index: pair for pair in pairs}
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
+
+    def expect(self, head: AnswerHead, specs: Sequence[TensorSpec], request: GetBatch) -> None:
+        """Whether what a head announces is what was asked for, before there is memory for it. Raises LinkError(corrupt)."""
+        check_specs(head, specs, request, self._shapes)
 
     def receive(self, answer: Answer, request: GetBatch) -> Answer:
         """The answer, fit for `batch`: checked against the request and, for a GPU, in page-locked memory. Any thread may call it.
