@@ -16,7 +16,7 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
 from m2mkd_ds.teacher.client.remote import RemoteFeed
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, LinkError
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Hello, LinkError, Welcome
 from tests.teacher.conftest import LIMITS
 from tests.teacher.town import (
     PACE,
@@ -369,6 +369,57 @@ def test_a_golden_mismatch_stops_the_run_before_a_batch(setting: Setting, open_f
     feed = open_feed(setting.town("a:1"), teacher_config(), golden=differs)
     with pytest.raises(RuntimeError, match="module.1 differs by 0.5"):
         feed.batch(requests()[0])
+
+
+@pytest.mark.parametrize("fault", ["other data", "other outputs", "no token"])
+def test_a_newcomer_that_cannot_serve_the_run_is_left_alone_while_others_serve_it(
+    setting: Setting, open_feed: OpenFeed, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    town, listed = setting.town("a:1", "b:1"), tmp_path / "servers"
+    newcomer = town.services["b:1"]
+    welcomed = newcomer.hello
+
+    def hello(hello: Hello) -> Welcome:
+        if fault == "no token":
+            raise FeedError("unauthenticated", "wrong token")
+        return replace(welcomed(hello), fingerprints={**setting.prints, "seed": "8"} if fault == "other data" else setting.prints)
+
+    def golden(connection: object, welcome: Welcome) -> None:
+        if welcome.instance == newcomer.instance:
+            raise RuntimeError("module.1 differs by 0.5")
+
+    newcomer.hello = hello  # type: ignore[method-assign]
+    listed.write_text("a:1\n")
+    feed = open_feed(town, teacher_config(f"file:{listed}", prefetch=1), golden=golden)
+    run = list(zip(requests(), setting.expected(), strict=True))
+    assert_same(feed.batch(run[0][0]), run[0][1])
+    listed.write_text("a:1\nb:1\n")
+    told = {"other data": "seed: the trainer has 7, it 8", "other outputs": "module.1 differs by 0.5", "no token": "wrong token"}[fault]
+    wait_until(lambda: told in feed._answers._keeper.describe())
+    run_out(feed, setting.expected(), first=1)
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1 and told in errors[0] and "b:1" in errors[0]
+    assert town.greeted.count("b:1") == 1 and town.asked["b:1"] == 0
+
+
+def test_the_last_server_that_could_serve_the_run_ends_it_by_its_refusal(setting: Setting, open_feed: OpenFeed, tmp_path: Path) -> None:
+    """Both serve at first, so neither refusal alone is the end."""
+    town = setting.town("a:1", "b:1")
+
+    def refuse(endpoint: str, request: GetBatch, answer: Callable[[], Answer]) -> Answer:
+        if request.start >= 32:
+            raise FeedError("mismatch", f"plan: {endpoint} has another")
+        return answer()
+
+    town.fault = refuse
+    feed = open_feed(town, teacher_config("a:1", "b:1", prefetch=1))
+    wait_until(lambda: all(link.is_proven for link in feed._answers._keeper.links.values()))
+    run = list(zip(requests(), setting.expected(), strict=True))
+    for request, batch in run[:4]:
+        assert_same(feed.batch(request), batch)
+    with pytest.raises(TeacherRefusedError, match="refuses .mismatch.: plan: [ab]:1 has another"):
+        feed.batch(run[4][0])
+    assert town.asked["a:1"] and town.asked["b:1"]
 
 
 def test_a_busy_server_is_left_alone_as_long_as_it_asks(setting: Setting, open_feed: OpenFeed) -> None:

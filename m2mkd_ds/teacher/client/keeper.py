@@ -167,7 +167,12 @@ class Keeper:
         try:
             session = link.session
             if session is None:
-                self._greet(link)
+                try:
+                    self._greet(link)
+                except StoppedError:
+                    raise
+                except RuntimeError as err:
+                    self._set_aside(link, err)
             else:
                 self._beat(link, session)
         except StoppedError:
@@ -211,6 +216,20 @@ class Keeper:
                     self._opening.discard(connection)
                 connection.close()
 
+    def _set_aside(self, link: Link, err: RuntimeError) -> None:
+        """A server that refuses the run, or whose outputs differ, is left alone for long. Raises `err` where no other may serve the run."""
+        with self.changed:
+            is_listed = self.links.get(link.endpoint) is link
+            if is_listed and not any(other.is_proven for other in self.links.values() if other is not link):
+                raise err
+            is_news = link.gone != str(err)
+            link.gone, link.is_proven = str(err), False
+            link.not_before = time.monotonic() + self._pace.refused_pause_s
+            self.changed.notify_all()
+        if is_news:
+            why = named(link.endpoint, str(err))
+            logger.error("teacher server %s; it is not asked, the others go on: correct it or take it off the list", why)
+
     def _greeted(self, link: Link, session: Session) -> None:
         with self.changed:
             self._opening.discard(session.connection)
@@ -221,6 +240,7 @@ class Keeper:
             if link.gone or link.failures:
                 logger.warning("teacher server %s: it answers again", link.endpoint)
             link.session, link.gone, link.is_draining, link.not_before, link.contradicted = session, "", False, 0.0, ("", "")
+            link.is_proven = True
 
     def _not_greeted(self, link: Link, err: FeedError) -> None:
         """A refusal of Hello or Golden. Raises TeacherRefusedError where trying again would not help."""
