@@ -16,7 +16,7 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
 from m2mkd_ds.teacher.client.remote import RemoteFeed
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Hello, LinkError, Welcome
+from m2mkd_ds.teacher.protocol.wire import Answer, ErrorCode, FeedError, GetBatch, Hello, LinkError, Welcome
 from tests.teacher.conftest import LIMITS
 from tests.teacher.town import (
     PACE,
@@ -422,13 +422,30 @@ def test_the_last_server_that_could_serve_the_run_ends_it_by_its_refusal(setting
     assert town.asked["a:1"] and town.asked["b:1"]
 
 
-def test_a_busy_server_is_left_alone_as_long_as_it_asks(setting: Setting, open_feed: OpenFeed) -> None:
+def test_a_host_that_has_to_wait_for_its_wrong_tokens_is_greeted_again_then(setting: Setting, open_feed: OpenFeed) -> None:
+    """They may be another job's, on the same host."""
+    town, limited, times = setting.town("a:1"), Once(), list[float]()
+    welcomed = town.services["a:1"].hello
+
+    def hello(hello: Hello) -> Welcome:
+        times.append(time.monotonic())
+        if limited("once"):
+            raise FeedError("unauthenticated", "10 calls with a wrong token came from here: wait", retry_after_s=0.15)
+        return welcomed(hello)
+
+    town.services["a:1"].hello = hello  # type: ignore[method-assign]
+    run_out(open_feed(town, teacher_config(prefetch=1)), setting.expected())
+    assert len(times) == 2 and times[1] - times[0] >= 0.15
+
+
+@pytest.mark.parametrize("code", ["retry_later", "unauthenticated"])
+def test_a_busy_server_is_left_alone_as_long_as_it_asks(setting: Setting, open_feed: OpenFeed, code: ErrorCode) -> None:
     town, busy, times = setting.town("a:1"), Once(), list[float]()
 
     def refuse(endpoint: str, request: GetBatch, answer: Callable[[], Answer]) -> Answer:
         times.append(time.monotonic())
         if busy("once"):
-            raise FeedError("retry_later", "too much at once", retry_after_s=0.15)
+            raise FeedError(code, "too much at once", retry_after_s=0.15)
         return answer()
 
     town.fault = refuse

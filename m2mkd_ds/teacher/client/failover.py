@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol
 from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.endpoints import by_preference
-from m2mkd_ds.teacher.client.keeper import Keeper, named, refusal
+from m2mkd_ds.teacher.client.keeper import Keeper, asks_to_wait, named, refusal
 from m2mkd_ds.teacher.client.links import Counts, Link, Pace, Session, StoppedError, TeacherLostError
 from m2mkd_ds.teacher.protocol.codec import TensorSpec
 from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, GetBatch, Hello, LinkError
@@ -157,7 +157,7 @@ class Servers:
             session.retire()
         elif err.code == "draining":
             self._keeper.drained(link, session, err.endpoints)
-        elif err.code == "retry_later":
+        elif asks_to_wait(err):
             with self._keeper.changed:
                 link.pause(self._pace, max(err.retry_after_s, self._pace.first_pause_s / 4))
         elif err.code == "internal":

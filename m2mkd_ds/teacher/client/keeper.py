@@ -246,7 +246,7 @@ class Keeper:
         """A refusal of Hello or Golden. Raises TeacherRefusedError where trying again would not help."""
         if err.code == "draining":
             self.drained(link, None, err.endpoints)
-        elif err.code in ("retry_later", "internal"):
+        elif err.code == "internal" or asks_to_wait(err):
             with self.changed:
                 link.failures += err.code == "internal"
                 link.gone = str(err) if err.code == "internal" else ""
@@ -290,6 +290,11 @@ class Keeper:
 def named(endpoint: str, why: str) -> str:
     """`why` with the endpoint in front, once."""
     return why if why.startswith(endpoint) else f"{endpoint}: {why}"
+
+
+def asks_to_wait(err: FeedError) -> bool:
+    """Whether the same request may be granted later. A host that showed wrong tokens, perhaps another job on it, has to wait as well."""
+    return err.code == "retry_later" or (err.code == "unauthenticated" and err.retry_after_s > 0)
 
 
 def refusal(endpoint: str, err: FeedError) -> TeacherRefusedError:
