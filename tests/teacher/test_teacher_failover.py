@@ -187,16 +187,19 @@ def test_what_a_head_announces_is_judged_before_there_is_memory_for_it(
     assert feed.metrics()["teacher/corrupt"] == 10 and max(made) < 2**21
 
 
-def test_a_draining_server_ends_what_it_has_and_the_one_that_it_names_goes_on(setting: Setting, open_feed: OpenFeed) -> None:
-    town = setting.town("b:1")
-    leaving = town.start("a:1", others=("b:1", "not an endpoint"))
+def test_a_draining_server_ends_what_it_has_and_the_one_that_it_names_goes_on(
+    setting: Setting, open_feed: OpenFeed, caplog: pytest.LogCaptureFixture
+) -> None:
+    town = setting.town("a:2", "b:1")
+    leaving = town.start("a:1", others=("b:1", "a:2", "not an endpoint"))
     feed = open_feed(town, teacher_config("a:1"))
     for request, batch in list(zip(requests(), setting.expected(), strict=True))[:3]:
         assert_same(feed.batch(request), batch)
-    assert town.asked["b:1"] == 0
+    assert town.asked["a:2"] == 0
     leaving.drain()
     run_out(feed, setting.expected(), first=3)
-    assert town.asked["b:1"] >= 3
+    assert town.asked["a:2"] >= 3 and "b:1" not in town.greeted
+    assert "a:1 names another that cannot be asked: b:1 is on a host that teacher.endpoints does not name" in caplog.text
     assert feed.metrics()["teacher/corrupt"] == 0
 
 

@@ -38,9 +38,8 @@ class AnswerStream:
     ) -> None:
         self._config, self._pace = config, pace
         self.counts = Counts()
-        self._keeper = Keeper(
-            EndpointList(config.endpoints, config.feed), hello, connect, golden, deadline_s=config.deadline_s, pace=pace
-        )  # fmt: skip
+        endpoints = EndpointList(config.endpoints, config.feed, is_encrypted=bool(config.tls_ca))
+        self._keeper = Keeper(endpoints, hello, connect, golden, deadline_s=config.deadline_s, pace=pace)
         servers = Servers(self._keeper, hello, config, expect, receive, self.counts, pace)
 
         def work(place: Place[Answer]) -> Answer:

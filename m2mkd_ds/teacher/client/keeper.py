@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from math import inf
 
 from m2mkd_ds.logs import logger
-from m2mkd_ds.teacher.client.endpoints import EndpointList, check_endpoint
+from m2mkd_ds.teacher.client.endpoints import EndpointList
 from m2mkd_ds.teacher.client.links import Link, Pace, Session, StoppedError, TeacherRefusedError
 from m2mkd_ds.teacher.protocol.connection import Connection
 from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, LinkError, Welcome
@@ -109,12 +109,14 @@ class Keeper:
                 link.session, link.gone, link.is_draining = None, "it is about to stop", True
                 link.not_before = time.monotonic() + self._pace.drained_pause_s
             for endpoint in others:
+                if endpoint in self.links:
+                    continue
                 try:
-                    check_endpoint(endpoint)
+                    self._endpoints.check_named(endpoint)
                 except ValueError as err:
                     logger.warning("teacher server %s names another that cannot be asked: %s", link.endpoint, err)
                 else:
-                    self.links.setdefault(endpoint, Link(endpoint))
+                    self.links[endpoint] = Link(endpoint)
             self.changed.notify_all()
         if session is not None:
             session.retire()
