@@ -329,3 +329,12 @@ def test_the_sender_keeps_what_it_tells_of_damaged_samples_within_bounds() -> No
     assert len(got.bad) == MAX_BAD and got.bad[0].message.startswith("0 ") and len(got.bad[0].message) == MAX_BAD_TEXT
     assert got.bad[-1].message.startswith("and 44 more damaged samples in this micro-batch; 255 ")
     assert len(got.bad[0].shard) == 256 and len(got.lost) == 4096
+
+
+@pytest.mark.parametrize("pool", [None, BufferPool(1, 2**20)])
+def test_tensors_that_torch_cannot_make_are_the_fault_of_the_head(pool: BufferPool | None) -> None:
+    tree = json.loads(PARTS[0])
+    tree["tensors"][2]["shape"] = [2**39, 2**39, 0]  # no bytes at all, and strides of 2^78
+    with pytest.raises(LinkError, match=r"no room for the \d+ bytes that the head announces .*overflow") as refused:
+        codec.FrameReader(max_bytes=1000, pool=pool).head(json.dumps(tree).encode())
+    assert refused.value.fault == "corrupt"

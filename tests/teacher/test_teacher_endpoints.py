@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,34 @@ def test_hosts_and_ports_are_taken_apart() -> None:
 def test_a_fixed_list_holds_each_once_and_never_changes() -> None:
     listed = EndpointList(("a:1", "b:1", "a:1"))
     assert listed.current == ("a:1", "b:1") and not listed.is_watched and not listed.refresh()
+
+
+@pytest.mark.parametrize(
+    ("listed", "feed", "is_encrypted", "named", "told"),
+    [
+        ("a:1", "remote", False, "a:2", ""),
+        ("a:1", "remote", False, "127.0.0.1:2", ""),
+        ("a:1", "remote", False, "[::1]:2", ""),
+        ("a:1", "remote", False, "unix:x", ""),
+        ("a:1", "remote", False, "b:1", "b:1 is on a host that teacher.endpoints does not name, and no teacher.tls_ca"),
+        ("unix:x", "remote", False, "b:1", "b:1 is on a host"),
+        ("a:1", "remote", True, "b:1", ""),
+        ("a:1", "remote", True, "b", "'b' is not HOST:PORT"),
+        ("unix:x", "shm", True, "a:1", "a:1 is a network address, and teacher.feed=shm needs unix:PATH"),
+        ("unix:x", "shm", False, "unix:y", ""),
+    ],
+)  # fmt: skip
+def test_a_server_leads_the_trainer_nowhere_that_its_settings_would_not(
+    listed: str, feed: str, is_encrypted: bool, named: str, told: str
+) -> None:
+    endpoints = EndpointList((listed,), feed, is_encrypted=is_encrypted)
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        endpoints.check_named(named)
+
+
+def test_a_connection_is_of_the_kind_that_the_feed_needs() -> None:
+    with pytest.raises(ValueError, match="a:1 is a network address, and teacher.feed=shm needs unix:PATH"):
+        connect("a:1", TeacherConfig(feed="shm", endpoints=("unix:x",)))
 
 
 def test_a_file_is_followed_and_kept_when_it_is_odd(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

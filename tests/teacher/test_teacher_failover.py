@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
 from m2mkd_ds.teacher.client.remote import RemoteFeed
-from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, LinkError
+from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.wire import Answer, ErrorCode, FeedError, GetBatch, Hello, LinkError, Welcome
 from tests.teacher.conftest import LIMITS
 from tests.teacher.town import (
     PACE,
@@ -163,16 +165,41 @@ def test_answers_to_other_questions_are_dropped_and_counted(setting: Setting, op
     assert told["teacher/duplicates"] == told["teacher/retries"] == 10 and told["teacher/corrupt"] == 0
 
 
-def test_a_draining_server_ends_what_it_has_and_the_one_that_it_names_goes_on(setting: Setting, open_feed: OpenFeed) -> None:
-    town = setting.town("b:1")
-    leaving = town.start("a:1", others=("b:1", "not an endpoint"))
+def test_what_a_head_announces_is_judged_before_there_is_memory_for_it(
+    setting: Setting, open_feed: OpenFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    town, huge, made = setting.town("a:1"), Once(), list[int]()
+    make = codec.FrameReader._made
+
+    def counted(self: codec.FrameReader, specs: Sequence[codec.TensorSpec]) -> dict[str, torch.Tensor]:
+        made.append(max(spec.num_bytes for spec in specs))
+        return make(self, specs)
+
+    def swollen(endpoint: str, request: GetBatch, answer: Callable[[], Answer]) -> Answer:
+        got = answer()
+        # Fewer bytes than were agreed at most, and nothing that was asked for.
+        return Answer(got.head, got.tensors | {"extra": torch.zeros(2**19)}) if huge(request.start) else got
+
+    monkeypatch.setattr(codec.FrameReader, "_made", counted)
+    town.fault = swollen
+    feed = open_feed(town, teacher_config())
+    run_out(feed, setting.expected())
+    assert feed.metrics()["teacher/corrupt"] == 10 and max(made) < 2**21
+
+
+def test_a_draining_server_ends_what_it_has_and_the_one_that_it_names_goes_on(
+    setting: Setting, open_feed: OpenFeed, caplog: pytest.LogCaptureFixture
+) -> None:
+    town = setting.town("a:2", "b:1")
+    leaving = town.start("a:1", others=("b:1", "a:2", "not an endpoint"))
     feed = open_feed(town, teacher_config("a:1"))
     for request, batch in list(zip(requests(), setting.expected(), strict=True))[:3]:
         assert_same(feed.batch(request), batch)
-    assert town.asked["b:1"] == 0
+    assert town.asked["a:2"] == 0
     leaving.drain()
     run_out(feed, setting.expected(), first=3)
-    assert town.asked["b:1"] >= 3
+    assert town.asked["a:2"] >= 3 and "b:1" not in town.greeted
+    assert "a:1 names another that cannot be asked: b:1 is on a host that teacher.endpoints does not name" in caplog.text
     assert feed.metrics()["teacher/corrupt"] == 0
 
 
@@ -364,13 +391,81 @@ def test_a_golden_mismatch_stops_the_run_before_a_batch(setting: Setting, open_f
         feed.batch(requests()[0])
 
 
-def test_a_busy_server_is_left_alone_as_long_as_it_asks(setting: Setting, open_feed: OpenFeed) -> None:
+@pytest.mark.parametrize("fault", ["other data", "other outputs", "no token"])
+def test_a_newcomer_that_cannot_serve_the_run_is_left_alone_while_others_serve_it(
+    setting: Setting, open_feed: OpenFeed, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    town, listed = setting.town("a:1", "b:1"), tmp_path / "servers"
+    newcomer = town.services["b:1"]
+    welcomed = newcomer.hello
+
+    def hello(hello: Hello) -> Welcome:
+        if fault == "no token":
+            raise FeedError("unauthenticated", "wrong token")
+        return replace(welcomed(hello), fingerprints={**setting.prints, "seed": "8"} if fault == "other data" else setting.prints)
+
+    def golden(connection: object, welcome: Welcome) -> None:
+        if welcome.instance == newcomer.instance:
+            raise RuntimeError("module.1 differs by 0.5")
+
+    newcomer.hello = hello  # type: ignore[method-assign]
+    listed.write_text("a:1\n")
+    feed = open_feed(town, teacher_config(f"file:{listed}", prefetch=1), golden=golden)
+    run = list(zip(requests(), setting.expected(), strict=True))
+    assert_same(feed.batch(run[0][0]), run[0][1])
+    listed.write_text("a:1\nb:1\n")
+    told = {"other data": "seed: the trainer has 7, it 8", "other outputs": "module.1 differs by 0.5", "no token": "wrong token"}[fault]
+    wait_until(lambda: told in feed._answers._keeper.describe())
+    run_out(feed, setting.expected(), first=1)
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1 and told in errors[0] and "b:1" in errors[0]
+    assert town.greeted.count("b:1") == 1 and town.asked["b:1"] == 0
+
+
+def test_the_last_server_that_could_serve_the_run_ends_it_by_its_refusal(setting: Setting, open_feed: OpenFeed, tmp_path: Path) -> None:
+    """Both serve at first, so neither refusal alone is the end."""
+    town = setting.town("a:1", "b:1")
+
+    def refuse(endpoint: str, request: GetBatch, answer: Callable[[], Answer]) -> Answer:
+        if request.start >= 32:
+            raise FeedError("mismatch", f"plan: {endpoint} has another")
+        return answer()
+
+    town.fault = refuse
+    feed = open_feed(town, teacher_config("a:1", "b:1", prefetch=1))
+    wait_until(lambda: all(link.is_proven for link in feed._answers._keeper.links.values()))
+    run = list(zip(requests(), setting.expected(), strict=True))
+    for request, batch in run[:4]:
+        assert_same(feed.batch(request), batch)
+    with pytest.raises(TeacherRefusedError, match="refuses .mismatch.: plan: [ab]:1 has another"):
+        feed.batch(run[4][0])
+    assert town.asked["a:1"] and town.asked["b:1"]
+
+
+def test_a_host_that_has_to_wait_for_its_wrong_tokens_is_greeted_again_then(setting: Setting, open_feed: OpenFeed) -> None:
+    """They may be another job's, on the same host."""
+    town, limited, times = setting.town("a:1"), Once(), list[float]()
+    welcomed = town.services["a:1"].hello
+
+    def hello(hello: Hello) -> Welcome:
+        times.append(time.monotonic())
+        if limited("once"):
+            raise FeedError("unauthenticated", "10 calls with a wrong token came from here: wait", retry_after_s=0.15)
+        return welcomed(hello)
+
+    town.services["a:1"].hello = hello  # type: ignore[method-assign]
+    run_out(open_feed(town, teacher_config(prefetch=1)), setting.expected())
+    assert len(times) == 2 and times[1] - times[0] >= 0.15
+
+
+@pytest.mark.parametrize("code", ["retry_later", "unauthenticated"])
+def test_a_busy_server_is_left_alone_as_long_as_it_asks(setting: Setting, open_feed: OpenFeed, code: ErrorCode) -> None:
     town, busy, times = setting.town("a:1"), Once(), list[float]()
 
     def refuse(endpoint: str, request: GetBatch, answer: Callable[[], Answer]) -> Answer:
         times.append(time.monotonic())
         if busy("once"):
-            raise FeedError("retry_later", "too much at once", retry_after_s=0.15)
+            raise FeedError(code, "too much at once", retry_after_s=0.15)
         return answer()
 
     town.fault = refuse

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,23 @@ def test_an_impossible_answer_is_dropped_with_fixed_memory(what: str, parts: Cal
         assert impostor.sent <= sent + 5
         if what != "one huge part":  # there the server's own copy counts: it lives in this process
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_an_answer_that_nobody_asked_for_gets_no_memory() -> None:
+    seen: list[tuple[int, list[str]]] = []
+
+    def refuse(head: AnswerHead, specs: Sequence[codec.TensorSpec]) -> None:
+        seen.append((head.start, [spec.name for spec in specs]))
+        raise LinkError("corrupt", "hidden.1 is uint8 [4194304]")
+
+    with Impostor(lambda: whole(fake_answer(4))) as impostor:
+        link = FlightConnection(f"127.0.0.1:{impostor.port}", ClientSecurity())
+        welcome = link.hello(HELLO, 5.0)
+        with pytest.raises(LinkError, match="127.0.0.1:.*: hidden.1 is uint8") as failed:
+            link.get(request_of(welcome), 5.0, refuse)
+        assert failed.value.fault == "corrupt" and seen == [(0, ["hidden.1"])] and link._pool.num_buffers == 0
+        link.get(request_of(welcome), 5.0, lambda head, specs: None)
+        assert link._pool.num_buffers == 1
 
 
 def test_a_stream_of_another_form_is_refused() -> None:

@@ -61,6 +61,13 @@ def test_a_whole_answer_passes_and_is_taken_apart(tiny_config: RunConfig) -> Non
     assert batch.teacher_logits[1].equal(torch.ones(2, 10)) and batch.teacher_logits.keys() == {0, 1}
 
 
+@pytest.mark.parametrize("asked", [(0, 0, 2), (1, 0, 0), (0, 1, 0)])
+def test_an_answer_of_another_place_never_becomes_a_batch(tiny_config: RunConfig, asked: tuple[int, int, int]) -> None:
+    step, micro_step, start = asked  # the answer is that of step 0, micro-step 0, position 0
+    with pytest.raises(RuntimeError, match=f"step {step}.{micro_step} at stream position {start} .* of step 0.0 at position 0"):
+        make_assembler(tiny_config).batch(make_answer(), BatchRequest(step, micro_step, range(start, start + 2), (1,), False), 0.0)
+
+
 def test_an_answer_that_cannot_be_is_damage_and_one_that_is_not_finite_is_poison(tiny_config: RunConfig) -> None:
     lacking, poisoned = make_answer(), make_answer()
     del lacking.tensors["hidden.1"]

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.teacher.protocol.codec import Accept, TensorSpec
 from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch, Hello, Limits, LinkError, Welcome, pack
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
@@ -94,15 +95,15 @@ class Scripted:
 
 @pytest.fixture
 def taken(tmp_path: Path) -> Iterator[Callable[[Damage], Answer]]:
-    """taken(damage) -> the answer that a client makes of it."""
+    """taken(damage, accept) -> the answer that a client makes of it."""
     opened: list[Scripted | ShmConnection] = []
 
-    def take(damage: Damage) -> Answer:
+    def take(damage: Damage, accept: Accept | None = None) -> Answer:
         server = Scripted(str(tmp_path / f"{len(opened)}.sock"), damage)
         link = ShmConnection(str(tmp_path / f"{len(opened)}.sock"))
         opened.extend((link, server))
         link.hello(HELLO, 5.0)
-        return link.get(GET, 5.0)
+        return link.get(GET, 5.0, accept)
 
     yield take
     for one in opened:
@@ -196,6 +197,36 @@ def test_anything_but_the_whole_answer_is_refused_and_leaves_no_descriptor(
     while len(set(os.listdir("/proc/self/fd")) - before) > 1 + (damage in (unsealed, smaller)) and time.monotonic() < end:
         time.sleep(0.01)
     assert len(set(os.listdir("/proc/self/fd")) - before) <= 1 + (damage in (unsealed, smaller))
+
+
+def test_an_answer_that_nobody_asked_for_gets_no_memory(taken: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[AnswerHead, list[str]]] = []
+    lent: list[int] = []
+    lend = ReceiveBuffers.lend
+
+    def counted(self: ReceiveBuffers, num_bytes: int) -> torch.Tensor:
+        lent.append(num_bytes)
+        return lend(self, num_bytes)
+
+    def refuse(head: AnswerHead, specs: Sequence[TensorSpec]) -> None:
+        seen.append((head, [spec.name for spec in specs]))
+        raise LinkError("corrupt", "odd was not asked for")
+
+    monkeypatch.setattr(ReceiveBuffers, "lend", counted)
+    with pytest.raises(LinkError, match=r"unix:.*sock: odd was not asked for") as refused:
+        taken(good, refuse)
+    assert refused.value.fault == "corrupt" and seen == [(HEAD, list(TENSORS))] and lent == []
+    assert taken(good, lambda head, specs: None).head == HEAD and len(lent) == 1
+
+
+def test_memory_that_is_not_to_be_had_is_the_fault_of_the_answer(taken: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(self: ReceiveBuffers, num_bytes: int) -> torch.Tensor:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(ReceiveBuffers, "lend", none_left)
+    with pytest.raises(LinkError, match="no room for the 8013 bytes that the head announces .*Cannot allocate memory") as refused:
+        taken(good)
+    assert refused.value.fault == "corrupt"
 
 
 @given(st.binary(max_size=200))

@@ -22,6 +22,7 @@ from m2mkd_ds.teacher.client.remote import RemoteFeed, Stream
 from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, answer_shapes
+from m2mkd_ds.teacher.protocol.codec import Accept
 from m2mkd_ds.teacher.protocol.connection import LocalConnection
 from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, Hello, Limits, LinkError, Status, Welcome
 from m2mkd_ds.teacher.server.produce import Producer
@@ -82,12 +83,12 @@ class TownConnection(LocalConnection):
         self._town.greeted.append(self.endpoint)
         return super().hello(hello, deadline_s)
 
-    def get(self, request: GetBatch, deadline_s: float) -> Answer:
+    def get(self, request: GetBatch, deadline_s: float, accept: Accept | None = None) -> Answer:
         self._check_alive()
         self._town.asked[self.endpoint] += 1
         answer = self._town.fault(self.endpoint, request, lambda: LocalConnection.get(self, request, deadline_s))
         self._check_alive()
-        return answer
+        return self._decoded(answer, accept)  # what the fault made of it came over the wire
 
     def status(self, deadline_s: float) -> Status:
         self._town.beats[self.endpoint] += 1

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.endpoints import EndpointList
-from m2mkd_ds.teacher.client.failover import Receive, Servers
+from m2mkd_ds.teacher.client.failover import Expect, Receive, Servers
 from m2mkd_ds.teacher.client.keeper import Greeting, Keeper
 from m2mkd_ds.teacher.client.links import Counts, Pace, TeacherLostError
 from m2mkd_ds.teacher.client.prefetch import Place, Prefetcher
@@ -32,16 +32,17 @@ class AnswerStream:
         config: TeacherConfig,
         connect: Callable[[str], Connection],
         golden: Greeting | None,
+        expect: Expect,
         receive: Receive,
         pace: Pace,
     ) -> None:
         self._config, self._pace = config, pace
         self.counts = Counts()
         self._keeper = Keeper(
-            EndpointList(config.endpoints, config.feed), hello, connect, golden, deadline_s=config.deadline_s, pace=pace,
-            may_decode=config.on_teacher_loss == "colocate",
+            EndpointList(config.endpoints, config.feed, is_encrypted=bool(config.tls_ca)), hello, connect, golden,
+            deadline_s=config.deadline_s, pace=pace, may_decode=config.on_teacher_loss == "colocate",
         )  # fmt: skip
-        servers = Servers(self._keeper, hello, config, receive, self.counts, pace)
+        servers = Servers(self._keeper, hello, config, expect, receive, self.counts, pace)
 
         def work(place: Place[Answer]) -> Answer:
             return servers.fetch(start_of(place.number), place)

@@ -14,7 +14,7 @@ def connect(endpoint: str, config: TeacherConfig) -> Connection:
 
     Raises ValueError for anything else, LinkError where nobody listens, ImportError with the line that installs an absent package.
     """
-    check_endpoint(endpoint)
+    check_endpoint(endpoint, config.feed)
     if endpoint.startswith("unix:"):
         from m2mkd_ds.teacher.shm.client import ShmConnection
 

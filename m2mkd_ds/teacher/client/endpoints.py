@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from m2mkd_ds.logs import logger
+from m2mkd_ds.teacher.flight.security import is_loopback
 
 MAX_FILE_BYTES = 64 * 1024
 MAX_SOCKET_PATH_BYTES = 107
@@ -78,9 +79,9 @@ class EndpointList:
     (somebody is writing it) changes nothing and is warned of once.
     """
 
-    def __init__(self, endpoints: Sequence[str], feed: str = "remote") -> None:
+    def __init__(self, endpoints: Sequence[str], feed: str = "remote", *, is_encrypted: bool = False) -> None:
         check_endpoints(endpoints, feed)
-        self._feed = feed
+        self._feed, self._is_encrypted = feed, is_encrypted
         self._file = Path(endpoints[0].removeprefix("file:")) if endpoints[0].startswith("file:") else None
         self._warned = ""
         self.current = self._read(self._file) if self._file is not None else tuple(dict.fromkeys(endpoints))
@@ -90,6 +91,17 @@ class EndpointList:
     def is_watched(self) -> bool:
         """Whether the list may change."""
         return self._file is not None
+
+    def check_named(self, endpoint: str) -> None:
+        """Refuse an endpoint that a server named and that the user of this list would not have meant. Raises ValueError."""
+        check_endpoint(endpoint, self._feed)
+        if endpoint.startswith("unix:") or self._is_encrypted:
+            return
+        # Without TLS nobody proves who he is: a server must not lead the trainer, and its token, to any host it likes.
+        host, _ = split_host_port(endpoint)
+        known = {split_host_port(own)[0] for own in self.current if not own.startswith("unix:")}
+        if host not in known and not is_loopback(host):
+            raise ValueError(f"{endpoint} is on a host that teacher.endpoints does not name, and no teacher.tls_ca is given to prove it")
 
     def refresh(self) -> bool:
         """Read the file again; whether the list has changed."""

@@ -6,19 +6,22 @@ Only servers that were greeted (keeper.py) are asked, so a host that hangs costs
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import NoReturn, Protocol
 
 from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.endpoints import by_preference
-from m2mkd_ds.teacher.client.keeper import Keeper, named, refusal
+from m2mkd_ds.teacher.client.keeper import Keeper, asks_to_wait, named, refusal
 from m2mkd_ds.teacher.client.links import Counts, Link, Pace, Session, StoppedError, TeacherLostError
-from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Hello, LinkError
+from m2mkd_ds.teacher.protocol.codec import TensorSpec
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, GetBatch, Hello, LinkError
 
 Receive = Callable[[Answer, GetBatch], Answer]
 """Checks an answer's tensors; raises LinkError(corrupt)."""
+Expect = Callable[[AnswerHead, Sequence[TensorSpec], GetBatch], None]
+"""Checks what an answer's head announces, before there is memory for it; raises LinkError(corrupt)."""
 
 
 class Wanted(Protocol):
@@ -34,9 +37,11 @@ class _MissedError(Exception):
 class Servers:
     """Answers for the stream that `hello` describes, from the servers that `keeper` keeps. Several threads may fetch."""
 
-    def __init__(self, keeper: Keeper, hello: Hello, config: TeacherConfig, receive: Receive, counts: Counts, pace: Pace) -> None:
+    def __init__(
+        self, keeper: Keeper, hello: Hello, config: TeacherConfig, expect: Expect, receive: Receive, counts: Counts, pace: Pace
+    ) -> None:
         self._keeper, self._hello, self._config = keeper, hello, config
-        self._receive, self._counts, self._pace = receive, counts, pace
+        self._expect, self._receive, self._counts, self._pace = expect, receive, counts, pace
 
     def fetch(self, start: int, wanted: Wanted) -> Answer:
         """The micro-batch at position `start`, whole and checked.
@@ -105,19 +110,25 @@ class Servers:
             instance=welcome.instance, plan=welcome.plan, client=hello.client, layout=hello.layout, start=start, pairs=hello.pairs,
             payload=hello.payload, wire_dtype=hello.wire_dtype, with_teacher=hello.with_teacher, attempt=attempt,
         )  # fmt: skip
+        fault = "corrupt"
+
+        def accept(head: AnswerHead, specs: Sequence[TensorSpec]) -> None:
+            nonlocal fault
+            if not head.answers(request):
+                fault = "duplicates"
+                told = f"it gave position {head.start}, attempt {head.attempt}, for {start}, attempt {attempt}"
+                raise LinkError("corrupt", told)
+            self._expect(head, specs, request)
+
         try:
-            answer = session.get(request, max(0.01, min(self._config.deadline_s, self._left_s(wanted))))
+            answer = session.get(request, max(0.01, min(self._config.deadline_s, self._left_s(wanted))), accept)
             self._counts.add("bytes_in", answer.num_bytes)
-            if not answer.head.answers(request):
-                self._counts.add("duplicates")
-                head = answer.head
-                raise self._spoiled(link, session, f"it gave position {head.start}, attempt {head.attempt}, for {start}, attempt {attempt}")
             return self._receive(answer, request)
         except FeedError as err:
             raise self._refused(link, session, err) from err
         except LinkError as err:
             if err.fault == "corrupt":
-                self._counts.add("corrupt")
+                self._counts.add(fault)
                 raise self._spoiled(link, session, str(err)) from err
             self._keeper.lost_link(link, session, str(err))
             raise _MissedError(str(err)) from err
@@ -146,7 +157,7 @@ class Servers:
             session.retire()
         elif err.code == "draining":
             self._keeper.drained(link, session, err.endpoints)
-        elif err.code == "retry_later":
+        elif asks_to_wait(err):
             with self._keeper.changed:
                 link.pause(self._pace, max(err.retry_after_s, self._pace.first_pause_s / 4))
         elif err.code == "internal":

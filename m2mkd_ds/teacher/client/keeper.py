@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from math import inf
 
 from m2mkd_ds.logs import logger
-from m2mkd_ds.teacher.client.endpoints import EndpointList, check_endpoint
+from m2mkd_ds.teacher.client.endpoints import EndpointList
 from m2mkd_ds.teacher.client.links import Link, Pace, Session, StoppedError, TeacherRefusedError
 from m2mkd_ds.teacher.protocol.connection import Connection
 from m2mkd_ds.teacher.protocol.handshake import check_welcome
@@ -112,12 +112,14 @@ class Keeper:
                 link.session, link.gone, link.is_draining = None, "it is about to stop", True
                 link.not_before = time.monotonic() + self._pace.drained_pause_s
             for endpoint in others:
+                if endpoint in self.links:
+                    continue
                 try:
-                    check_endpoint(endpoint)
+                    self._endpoints.check_named(endpoint)
                 except ValueError as err:
                     logger.warning("teacher server %s names another that cannot be asked: %s", link.endpoint, err)
                 else:
-                    self.links.setdefault(endpoint, Link(endpoint))
+                    self.links[endpoint] = Link(endpoint)
             self.changed.notify_all()
         if session is not None:
             session.retire()
@@ -170,7 +172,12 @@ class Keeper:
         try:
             session = link.session
             if session is None:
-                self._greet(link)
+                try:
+                    self._greet(link)
+                except StoppedError:
+                    raise
+                except RuntimeError as err:
+                    self._set_aside(link, err)
             else:
                 self._beat(link, session)
         except StoppedError:
@@ -214,6 +221,20 @@ class Keeper:
                     self._opening.discard(connection)
                 connection.close()
 
+    def _set_aside(self, link: Link, err: RuntimeError) -> None:
+        """A server that refuses the run, or whose outputs differ, is left alone for long. Raises `err` where no other may serve the run."""
+        with self.changed:
+            is_listed = self.links.get(link.endpoint) is link
+            if is_listed and not any(other.is_proven for other in self.links.values() if other is not link):
+                raise err
+            is_news = link.gone != str(err)
+            link.gone, link.is_proven = str(err), False
+            link.not_before = time.monotonic() + self._pace.refused_pause_s
+            self.changed.notify_all()
+        if is_news:
+            why = named(link.endpoint, str(err))
+            logger.error("teacher server %s; it is not asked, the others go on: correct it or take it off the list", why)
+
     def _greeted(self, link: Link, session: Session) -> None:
         with self.changed:
             self._opening.discard(session.connection)
@@ -224,12 +245,13 @@ class Keeper:
             if link.gone or link.failures:
                 logger.warning("teacher server %s: it answers again", link.endpoint)
             link.session, link.gone, link.is_draining, link.not_before, link.contradicted = session, "", False, 0.0, ("", "")
+            link.is_proven = True
 
     def _not_greeted(self, link: Link, err: FeedError) -> None:
         """A refusal of Hello or Golden. Raises TeacherRefusedError where trying again would not help."""
         if err.code == "draining":
             self.drained(link, None, err.endpoints)
-        elif err.code in ("retry_later", "internal"):
+        elif err.code == "internal" or asks_to_wait(err):
             with self.changed:
                 link.failures += err.code == "internal"
                 link.gone = str(err) if err.code == "internal" else ""
@@ -276,6 +298,11 @@ class Keeper:
 def named(endpoint: str, why: str) -> str:
     """`why` with the endpoint in front, once."""
     return why if why.startswith(endpoint) else f"{endpoint}: {why}"
+
+
+def asks_to_wait(err: FeedError) -> bool:
+    """Whether the same request may be granted later. A host that showed wrong tokens, perhaps another job on it, has to wait as well."""
+    return err.code == "retry_later" or (err.code == "unauthenticated" and err.retry_after_s > 0)
 
 
 def refusal(endpoint: str, err: FeedError) -> TeacherRefusedError:

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from m2mkd_ds.teacher.protocol.codec import Accept
 from m2mkd_ds.teacher.protocol.connection import Connection
 from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Welcome
 
@@ -32,6 +33,8 @@ class Pace:
     longest_pause_s: float = 15.0
     drained_pause_s: float = 5.0
     """Before a server that drains is asked whether it serves again."""
+    refused_pause_s: float = 60.0
+    """Before a server that refuses the run, while others serve it, is greeted again."""
     poll_s: float = 1.0
     """Between two looks at a file of endpoints."""
     close_s: float = 5.0
@@ -76,7 +79,7 @@ class Session:
         self._calls, self._retired, self._closed = 0, False, False
         self.heard()
 
-    def get(self, request: GetBatch, deadline_s: float) -> Answer:
+    def get(self, request: GetBatch, deadline_s: float, accept: Accept) -> Answer:
         """One micro-batch, once the server's limit on requests allows it. Raises FeedError, LinkError."""
         until = time.monotonic() + deadline_s
         with self._lock:
@@ -85,7 +88,7 @@ class Session:
             if not self._credits.acquire(timeout=deadline_s):
                 raise FeedError("retry_later", f"its limit of {self.welcome.limits.max_in_flight} requests at a time is used up")
             try:
-                answer = self.connection.get(request, max(0.01, until - time.monotonic()))
+                answer = self.connection.get(request, max(0.01, until - time.monotonic()), accept)
             finally:
                 self._credits.release()
             self.heard()
@@ -137,6 +140,8 @@ class Link:
     """What went wrong last, for messages."""
     contradicted: tuple[str, str] = ("", "")
     """Instance that called a request a mismatch, and its sentence: a restarted server has another instance, a wrong one the same."""
+    is_proven: bool = False
+    """Whether it was greeted with success once, and has not refused since."""
     is_draining: bool = False
     is_tended: bool = False
     """Whether a thread greets it or sends it a heartbeat now."""

@@ -6,7 +6,7 @@ Shape letters: B images, L tokens, D teacher width, V classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,9 +19,10 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
-from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, check_answer
+from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, check_answer, check_specs
+from m2mkd_ds.teacher.protocol.codec import TensorSpec
 from m2mkd_ds.teacher.protocol.numbers import from_wire
-from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch
 
 
 class Assembler:
@@ -45,6 +46,10 @@ class Assembler:
         self._pairs = {pair.index: pair for pair in pairs}
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
 
+    def expect(self, head: AnswerHead, specs: Sequence[TensorSpec], request: GetBatch) -> None:
+        """Whether what a head announces is what was asked for, before there is memory for it. Raises LinkError(corrupt)."""
+        check_specs(head, specs, request, self._shapes)
+
     def receive(self, answer: Answer, request: GetBatch) -> Answer:
         """The answer, fit for `batch`: checked against the request and, for a GPU, in page-locked memory. Any thread may call it.
 
@@ -61,8 +66,14 @@ class Assembler:
         """What the request asked for, out of an answer that `receive` let pass; it may hold more pairs than that.
 
         The answer is released by this. Without pixels in it (payload=logits) there are no hidden states, and the targets are empty [B, 0].
+        Raises RuntimeError for the answer of another place in the stream.
         """
         tensors, head = answer.tensors, answer.head
+        if (head.start, head.step, head.micro_step) != (request.slots.start, request.step, request.micro_step):
+            raise RuntimeError(
+                f"step {request.step}.{request.micro_step} at stream position {request.slots.start} was asked for, and the answer is that "
+                f"of step {head.step}.{head.micro_step} at position {head.start}"
+            )
         hidden = {i: self._hidden(tensors, f"hidden.{i}") for i in request.pairs if f"hidden.{i}" in tensors}
         targets_BV = tensors["targets"].to(self.device, non_blocking=True) if "targets" in tensors else torch.empty(len(request.slots), 0)
         if "image.pixels" in tensors and (head.payload == "image" or 0 in request.pairs):
@@ -75,7 +86,9 @@ class Assembler:
             logits = {i: tensors[f"logits.{i}"].to(self.device, non_blocking=True) for i in request.pairs}
         batch = TeacherBatch(
             hidden={i: hidden[i] for i in request.pairs if i in hidden}, teacher_logits=logits, targets_BV=targets_BV,
-            slot_ids_B=torch.tensor(request.slots), bad=head.bad, lost=head.lost, wait_s=wait_s, fallbacks=head.fallbacks,
+            # From the answer, not the request: what the run's ledger holds is what came.
+            slot_ids_B=torch.arange(head.start, head.start + len(request.slots)), bad=head.bad, lost=head.lost, wait_s=wait_s,
+            fallbacks=head.fallbacks,
         )  # fmt: skip
         self._release(answer)
         return batch

@@ -85,7 +85,8 @@ class RemoteFeed:
             with_teacher=stream.with_teacher, fingerprints=dict(stream.fingerprints),
         )  # fmt: skip
         self._answers = AnswerStream(
-            hello, stream.numbers, lambda number: stream.slots(number).start, config, connect, golden, assembler.receive, pace
+            hello, stream.numbers, lambda number: stream.slots(number).start, config, connect, golden, assembler.expect,
+            assembler.receive, pace,
         )  # fmt: skip
 
     @property

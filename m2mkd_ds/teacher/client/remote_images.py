@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,9 +16,10 @@ from m2mkd_ds.teacher.client.answer_stream import AnswerStream
 from m2mkd_ds.teacher.client.links import Pace
 from m2mkd_ds.teacher.client.receive import worker_batch
 from m2mkd_ds.teacher.feed import BatchRequest
-from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, check_answer
+from m2mkd_ds.teacher.protocol.answer_check import AnswerShapes, check_answer, check_specs
+from m2mkd_ds.teacher.protocol.codec import TensorSpec
 from m2mkd_ds.teacher.protocol.connection import Connection
-from m2mkd_ds.teacher.protocol.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION, Answer, GetBatch, Hello, LinkError
+from m2mkd_ds.teacher.protocol.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION, Answer, AnswerHead, GetBatch, Hello, LinkError
 
 
 class RemoteEvalLoader:
@@ -67,7 +68,7 @@ class RemoteEvalLoader:
         if not self._numbers:
             return
         self._open = AnswerStream(
-            self._hello, self._numbers, self._start_of, self._config, self._connect, None, self._receive, Pace()
+            self._hello, self._numbers, self._start_of, self._config, self._connect, None, self._expect, self._receive, Pace()
         )  # fmt: skip
         for number in self._numbers:
             answer, wait_s = self._open.take()
@@ -97,6 +98,10 @@ class RemoteEvalLoader:
         return eval_samples(
             number, self._rank, batch_size=layout.micro_batch_size, world=layout.world, num_samples=self.index.num_samples
         )  # fmt: skip
+
+    def _expect(self, head: AnswerHead, specs: Sequence[TensorSpec], request: GetBatch) -> None:
+        """Raises LinkError(corrupt) for a head that announces anything but the batch's images."""
+        check_specs(head, specs, request, self._shapes)
 
     def _receive(self, answer: Answer, request: GetBatch) -> Answer:
         """The answer, if it holds the batch's samples. Raises LinkError(corrupt)."""

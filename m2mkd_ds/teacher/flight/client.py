@@ -97,9 +97,9 @@ class FlightConnection:
         """Outputs for the synthetic images."""
         return self._fetch(GOLDEN + pack(request), deadline_s, None)
 
-    def get(self, request: GetBatch, deadline_s: float) -> Answer:
-        """One micro-batch, checksums compared."""
-        return self._fetch(GET + pack(request), deadline_s, self._pool)
+    def get(self, request: GetBatch, deadline_s: float, accept: codec.Accept | None = None) -> Answer:
+        """One micro-batch, its head accepted, checksums compared."""
+        return self._fetch(GET + pack(request), deadline_s, self._pool, accept)
 
     def close(self) -> None:
         """End calls under way: those that wait for a server that lives at once, those to a frozen one at their deadline."""
@@ -131,7 +131,7 @@ class FlightConnection:
         except FeedError as err:
             raise LinkError("corrupt", f"{self.endpoint}: its answer to {name} cannot be read ({err})") from None
 
-    def _fetch(self, ticket: bytes, deadline_s: float, pool: BufferPool | None) -> Answer:
+    def _fetch(self, ticket: bytes, deadline_s: float, pool: BufferPool | None, accept: codec.Accept | None = None) -> Answer:
         if not self._max_answer_bytes:
             raise RuntimeError("say hello() first: it brings the limits that answers are held to")
         flight = import_flight()
@@ -141,7 +141,8 @@ class FlightConnection:
                 self._enter(stream)
                 if stream.schema != schema():
                     raise LinkError("corrupt", f"{self.endpoint}: the stream has another form than ours")
-                return _read(_parts(stream), codec.FrameReader(max_bytes=self._max_answer_bytes, pool=pool, wait_s=deadline_s))
+                reader = codec.FrameReader(max_bytes=self._max_answer_bytes, pool=pool, accept=accept, wait_s=deadline_s)
+                return _read(_parts(stream), reader)
             finally:
                 self._leave(stream)
 

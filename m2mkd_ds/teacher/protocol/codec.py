@@ -69,6 +69,9 @@ for _cls in (TensorSpec, _FrameHead):
     _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
 _HEADS: list[TypeAdapter[_FrameHead]] = []
 
+Accept = Callable[[AnswerHead, Sequence[TensorSpec]], None]
+"""Sees a readable head before any room is made; raises LinkError for an answer that nobody asked for (answer_check.py)."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -112,8 +115,7 @@ def _head_of(answer: Answer, chunk_bytes: int) -> tuple[_FrameHead, bytes]:
 class FrameReader:
     """Takes the parts of one frame in order and gives the answer; raises LinkError(corrupt) at the first that cannot be right.
 
-    `pool` lends the memory of the tensors; without one it is fresh. `accept(head, tensors)` sees a readable head before any room is made,
-    and raises LinkError for an answer that nobody asked for (answer_check.py).
+    `pool` lends the memory of the tensors; without one it is fresh. Memory that is not to be had is the fault of the head, too.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class FrameReader:
         *,
         max_bytes: int,
         pool: BufferPool | None = None,
-        accept: Callable[[AnswerHead, Sequence[TensorSpec]], None] | None = None,
+        accept: Accept | None = None,
         wait_s: float = 60.0,
     ) -> None:
         self._max_bytes, self._pool, self._accept, self._wait_s = max_bytes, pool, accept, wait_s
@@ -139,7 +141,12 @@ class FrameReader:
         if self._accept is not None:
             self._accept(framed.answer, framed.tensors)
         self._sums.append(checksum(part))
-        self._tensors = self._made(framed.tensors)
+        try:
+            self._tensors = self._made(framed.tensors)
+        except LinkError:
+            raise
+        except (RuntimeError, MemoryError) as err:  # torch has one kind for all that it cannot make
+            raise no_room(framed.tensors, err) from None
         self._rooms = _rooms(framed, self._tensors)
         self._head = framed.answer
         return framed.answer
@@ -169,11 +176,20 @@ class FrameReader:
         return {spec.name: self._arena.tensor(spec.shape, TORCH_DTYPES[spec.dtype]) for spec in specs}
 
 
-def read(parts: Sequence[bytes | memoryview], *, max_bytes: int, pool: BufferPool | None = None) -> Answer:
+def no_room(specs: Sequence[TensorSpec], err: BaseException) -> LinkError:
+    """What to raise where memory for the tensors of a head cannot be had."""
+    total = sum(spec.num_bytes for spec in specs)
+    why = (str(err).splitlines() or [type(err).__name__])[0][:200]
+    return LinkError("corrupt", f"there is no room for the {total} bytes that the head announces ({why})")
+
+
+def read(
+    parts: Sequence[bytes | memoryview], *, max_bytes: int, pool: BufferPool | None = None, accept: Accept | None = None
+) -> Answer:
     """The answer in the parts of one frame. Raises LinkError(corrupt)."""
     if len(parts) < 2:
         raise LinkError("corrupt", f"{len(parts)} parts; a frame has a head and a tail at least")
-    reader = FrameReader(max_bytes=max_bytes, pool=pool)
+    reader = FrameReader(max_bytes=max_bytes, pool=pool, accept=accept)
     reader.head(parts[0])
     for part in parts[1:-1]:
         reader.piece(part)

@@ -25,8 +25,9 @@ class Connection(Protocol):
         """Outputs for the synthetic images."""
         ...
 
-    def get(self, request: GetBatch, deadline_s: float) -> Answer:
-        """One micro-batch, checksums compared; the caller compares the head with what it asked."""
+    def get(self, request: GetBatch, deadline_s: float, accept: codec.Accept | None = None) -> Answer:
+        """One micro-batch, checksums compared. The caller compares the head with what it asked: best by `accept`, before there is room
+        for the tensors; whatever LinkError that raises comes out of this call with the endpoint in front."""
         ...
 
     def status(self, deadline_s: float) -> Status:
@@ -53,9 +54,9 @@ class LocalConnection:
         self._check_open()
         return self._decoded(self._service.golden(unpack(Golden, pack(request))))
 
-    def get(self, request: GetBatch, deadline_s: float) -> Answer:
+    def get(self, request: GetBatch, deadline_s: float, accept: codec.Accept | None = None) -> Answer:
         self._check_open()
-        return self._decoded(self._service.get(unpack(GetBatch, pack(request))))
+        return self._decoded(self._service.get(unpack(GetBatch, pack(request))), accept)
 
     def status(self, deadline_s: float) -> Status:
         self._check_open()
@@ -64,9 +65,12 @@ class LocalConnection:
     def close(self) -> None:
         self._closed = True
 
-    def _decoded(self, answer: Answer) -> Answer:
-        frame = codec.encode(answer)
-        return codec.read(list(frame.parts()), max_bytes=self._service.options.limits.max_answer_bytes)
+    def _decoded(self, answer: Answer, accept: codec.Accept | None = None) -> Answer:
+        parts = list(codec.encode(answer).parts())
+        try:
+            return codec.read(parts, max_bytes=self._service.options.limits.max_answer_bytes, accept=accept)
+        except LinkError as err:
+            raise LinkError(err.fault, f"{self.endpoint}: {err}") from None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from m2mkd_ds.teacher.protocol import codec
 from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome, pack, unpack
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
@@ -52,8 +53,8 @@ class ShmConnection:
     def golden(self, request: Golden, deadline_s: float) -> Answer:
         return self._answer(frames.GOLDEN, pack(request), deadline_s)
 
-    def get(self, request: GetBatch, deadline_s: float) -> Answer:
-        return self._answer(frames.GET, pack(request), deadline_s)
+    def get(self, request: GetBatch, deadline_s: float, accept: codec.Accept | None = None) -> Answer:
+        return self._answer(frames.GET, pack(request), deadline_s, accept)
 
     def status(self, deadline_s: float) -> Status:
         return self._ask(frames.STATUS, b"", frames.STATE, Status, deadline_s)
@@ -82,11 +83,11 @@ class ShmConnection:
 
         return self._on_a_lane(work, deadline_s)
 
-    def _answer(self, kind: bytes, body: bytes, deadline_s: float) -> Answer:
+    def _answer(self, kind: bytes, body: bytes, deadline_s: float, accept: codec.Accept | None = None) -> Answer:
         most = self._max_answer_bytes
         if not most:
             raise FeedError("bad_request", f"{self.endpoint}: say Hello first; it tells how large an answer may be")
-        return self._on_a_lane(lambda lane, deadline: lane.ask_answer(kind, body, deadline, self._buffers, most), deadline_s)
+        return self._on_a_lane(lambda lane, deadline: lane.ask_answer(kind, body, deadline, self._buffers, most, accept), deadline_s)
 
     def _on_a_lane(self, work: Callable[[ClientLane, float], _Result], deadline_s: float) -> _Result:
         deadline = time.monotonic() + deadline_s

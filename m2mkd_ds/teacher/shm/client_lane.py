@@ -7,6 +7,7 @@ import os
 import socket
 import time
 
+from m2mkd_ds.teacher.protocol import codec
 from m2mkd_ds.teacher.protocol.wire import Answer, LinkError
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
@@ -43,8 +44,10 @@ class ClientLane:
         _close_all(fds)
         return told
 
-    def ask_answer(self, kind: bytes, body: bytes, deadline: float, buffers: ReceiveBuffers, max_bytes: int) -> Answer:
-        """A copy of the answer, its sums compared. Raises as `ask` does, and LinkError(corrupt)."""
+    def ask_answer(
+        self, kind: bytes, body: bytes, deadline: float, buffers: ReceiveBuffers, max_bytes: int, accept: codec.Accept | None = None
+    ) -> Answer:
+        """A copy of the answer, its head accepted, its sums compared. Raises as `ask` does, and LinkError(corrupt)."""
         told, fds = self._exchange(kind, body, frames.READY, deadline)
         try:
             ready = frames.Ready.unpack(told)
@@ -57,7 +60,7 @@ class ClientLane:
             _close_all(fds)
         if self._view is None or self._view.num_bytes != ready.segment_bytes:
             raise LinkError("corrupt", "an answer in a segment that was never sent")
-        answer = self._view.read(ready, buffers, max_bytes)
+        answer = self._view.read(ready, buffers, max_bytes, accept)
         try:
             frames.send(self._sock, frames.ACK, frames.pack_ack(ready.generation), deadline)
         except OSError:

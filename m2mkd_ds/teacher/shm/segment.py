@@ -115,21 +115,29 @@ class SegmentView:
         self.num_bytes = num_bytes
         self._data = np.frombuffer(self._map, dtype=np.uint8)
 
-    def read(self, ready: Ready, buffers: ReceiveBuffers, max_bytes: int) -> Answer:
-        """A copy of the answer. Raises LinkError(corrupt) for anything but the announced bytes."""
+    def read(self, ready: Ready, buffers: ReceiveBuffers, max_bytes: int, accept: codec.Accept | None = None) -> Answer:
+        """A copy of the answer. Raises LinkError(corrupt) for anything but the announced bytes, and what `accept` raises."""
         head, specs = codec.parse_head(ready.head, max_bytes)
+        if accept is not None:
+            accept(head, specs)
         sizes = [spec.num_bytes for spec in specs]
         starts, end = places(sizes)
         if len({spec.name for spec in specs}) != len(specs) or HEADER_BYTES + end > self.num_bytes:
             raise LinkError("corrupt", "the head announces tensors that do not fit into the segment")
         self._check_generation(ready.generation)
-        room = buffers.lend(end)
+        try:
+            room = buffers.lend(end)
+        except (OSError, OverflowError, MemoryError) as err:
+            raise codec.no_room(specs, err) from None
         arrays = room.numpy()
         sums = [codec.checksum(ready.head)]
         for start, size in zip(starts, sizes, strict=True):
             sums.extend(_copy(arrays[start : start + size], self._data[HEADER_BYTES + start :][:size]))
         self._check_generation(ready.generation)
-        tensors = {spec.name: _tensor(room, start, spec) for spec, start in zip(specs, starts, strict=True)}
+        try:
+            tensors = {spec.name: _tensor(room, start, spec) for spec, start in zip(specs, starts, strict=True)}
+        except RuntimeError as err:  # no elements, and more in some dimensions than torch can count
+            raise codec.no_room(specs, err) from None
         answer = Answer(head, tensors)
         codec.check_tail(ready.tail, sums, answer.num_bytes)
         return answer
