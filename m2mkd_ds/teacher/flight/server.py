@@ -157,8 +157,8 @@ class FlightTransport:
     @contextmanager
     def _counted(self, peer: str, authorised: bool) -> Iterator[_Call]:
         """One call, from its checks to its last part. Raises FeedError for what may not be, and for a bug, which is logged."""
-        self._failures.check(peer)
         if not authorised:
+            self._failures.check(peer)
             self._failures.count(peer)
             raise FeedError("unauthenticated", "wrong or no token: give teacher.token_file the file that the server was started with")
         if self._stopping.is_set():
