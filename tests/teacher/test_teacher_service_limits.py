@@ -129,26 +129,31 @@ def test_a_failed_answer_gives_its_place_back(tiny_config: RunConfig, tiny_index
     assert_same(service.get(asked(service)).tensors, colocated(tiny_config, tiny_index, 1)[0])
 
 
-def test_a_silent_client_is_forgotten_and_what_it_holds_counts_on(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+def test_a_silent_client_is_forgotten_once_it_holds_nothing(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
     clock = Clock()
-    service = service_of(Producer(make_parts(tiny_config, tiny_index)), tiny_config, tiny_index, clock=clock)  # heartbeat: 1 s
-    lease = service.answering(asked(service, client="silent"))
+    limits = replace(LIMITS, max_in_flight=1)  # heartbeat: 1 s
+    service = service_of(Producer(make_parts(tiny_config, tiny_index)), tiny_config, tiny_index, limits, clock=clock)
+    lease = service.answering(asked(service, client="reading"))
+    service.get(asked(service, client="silent"))
     service.get(asked(service, client="waiting"))
     service.get(asked(service, client="lively"))
-    assert service.status().clients == 3
+    assert service.status().clients == 4
     for _ in range(3):
         clock.now += 1.9
         service.status("waiting")
         service.get(asked(service, client="lively"))
-    assert service.status().clients == 2 and service.counters()["evicted_clients"] == 1
-    assert service.status("never greeted").clients == 2
+    assert service.status().clients == 3 and service.counters()["evicted_clients"] == 1
+    assert service.status("never greeted").clients == 3
     assert service.status().in_flight == 1 and service.counters()["in_flight_bytes"] > 0
+    refused(service, "retry_later", client="reading")  # its share did not begin anew
     service.get(asked(service, client="silent"))  # it comes back, and needs no greeting: nothing was kept for it
-    assert service.status().clients == 3
+    assert service.status().clients == 4
     lease.release()
     assert service.status().in_flight == 0 and service.wait_idle(0)
+    clock.now += 3.9
+    service.get(asked(service, client="reading"))  # taking an answer is a sign of life
     clock.now += 100
-    assert service.status().clients == 0 and service.counters()["evicted_clients"] == 4
+    assert service.status().clients == 0 and service.counters()["evicted_clients"] == 5
 
 
 def test_clients_are_counted_up_to_a_bound() -> None:

@@ -225,6 +225,22 @@ def test_a_process_of_another_user_is_refused(make_service: MakeService, tmp_pat
             assert refused.value.code == "unauthenticated" and transport.num_lanes == 0
 
 
+def test_a_status_tells_who_asks(make_service: MakeService, tmp_path: Path, hello: Hello, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, names = make_service(), []
+    real = service.status
+    monkeypatch.setattr(service, "status", lambda client="": names.append(client) or real(client))
+    with serving(service, tmp_path / "t.sock") as transport, linked(transport) as link:
+        link.status(5.0)
+        link.hello(hello, 5.0)
+        link.status(5.0)
+        raw = RawLane(transport.path)
+        for body, told in ((b"n" * 257, "a client's name of 257 characters"), (b"\xff", "no text")):
+            raw.say(frames.STATUS, body)
+            heard = raw.hear()
+            assert heard is not None and heard[0] == frames.REFUSED and told in str(frames.unpack_error(heard[1]))
+        assert names == ["", "test"]
+
+
 def test_connections_are_bounded(make_service: MakeService, tmp_path: Path) -> None:
     with serving(make_service(), tmp_path / "t.sock", max_lanes=2) as transport:
         lanes = [RawLane(transport.path) for _ in range(2)]

@@ -2,7 +2,7 @@
 
 An answer's bytes count from before it is made until whoever sends it lets go of its `Lease`. Nothing waits here: what does not fit is
 refused with retry_later, so a client that does not read holds at most its own share. A client that is silent for several heartbeats
-is forgotten; what is still being sent to it counts on, because its memory is still in use.
+is forgotten once nothing is in flight for it: else its share would begin anew while the memory of the old one is still in use.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class Admission:
     def _give_back(self, client: _Client, num_bytes: int, began: float) -> None:
         with self._changed:
             client.in_flight -= 1
+            client.last_heard = self._clock()
             self._in_flight -= 1
             self._bytes -= num_bytes
             self._mean_s += 0.1 * (self._clock() - began - self._mean_s)
@@ -135,7 +136,7 @@ class Admission:
 
     def _forget_silent(self) -> None:
         latest = self._clock() - SILENT_HEARTBEATS * self._limits.heartbeat_s
-        for name in [name for name, client in self._clients.items() if client.last_heard < latest]:
+        for name in [name for name, client in self._clients.items() if not client.in_flight and client.last_heard < latest]:
             del self._clients[name]
             self._counters.add("evicted_clients")
 
