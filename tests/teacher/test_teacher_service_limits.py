@@ -156,6 +156,26 @@ def test_a_silent_client_is_forgotten_once_it_holds_nothing(tiny_config: RunConf
     assert service.status().clients == 0 and service.counters()["evicted_clients"] == 5
 
 
+def test_golden_outputs_are_counted_and_refused_while_draining(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    service = service_of(Producer(make_parts(tiny_config, tiny_index)), tiny_config, tiny_index)
+    request = Golden(instance=service.instance, pairs=ALL)
+    with service.golden_answering(request) as answer:
+        # h_0 of 3 * 16 * 16 and twice 17 * 32 for two images, as hidden.I; module.0 and module.1; module.2 and three logits of ten classes
+        assert answer.num_bytes == 2 * 4 * (768 + 2 * 544 + 2 * 544 + 4 * 10)
+        held = service.counters()["in_flight_bytes"]
+        assert answer.num_bytes + 2 * 4 * (768 + 2 * 544) <= held < 2 * answer.num_bytes
+        assert service.status().in_flight == 1 and service.status().clients == 0
+    assert service.counters()["in_flight_bytes"] == 0
+    full = service_of(service.producer, tiny_config, tiny_index, max_bytes=int(held) + 1)
+    with full.golden_answering(replace(request, instance=full.instance)), pytest.raises(FeedError, match="are in flight") as late:
+        full.golden(replace(request, instance=full.instance))
+    assert late.value.code == "retry_later"
+    service.drain()
+    with pytest.raises(FeedError, match="about to stop") as refusal:
+        service.golden(request)
+    assert refusal.value.code == "draining" and service.status().in_flight == 0
+
+
 def test_clients_are_counted_up_to_a_bound() -> None:
     clock = Clock()
     admission = Admission(LIMITS, 1000, Counters(), clock)

@@ -146,7 +146,7 @@ class FlightTransport:
         if ticket.startswith(GET):
             return self._service.answering(unpack(GetBatch, ticket[len(GET) :]))
         if ticket.startswith(GOLDEN):
-            return Lease(self._service.golden(unpack(Golden, ticket[len(GOLDEN) :])), lambda: None)
+            return self._service.golden_answering(unpack(Golden, ticket[len(GOLDEN) :]))
         raise FeedError("bad_request", "a ticket begins with `get` or `golden`")
 
     @contextmanager

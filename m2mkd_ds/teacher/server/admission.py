@@ -92,14 +92,17 @@ class Admission:
             if name in self._clients:
                 self._client(name)
 
-    def admit(self, name: str, num_bytes: int) -> Callable[[], None]:
-        """What gives back the place. Raises FeedError: bad_request for what never fits, retry_later for what does not fit now."""
+    def admit(self, name: str | None, num_bytes: int) -> Callable[[], None]:
+        """What gives back the place. None: of no client, so the bytes alone are counted.
+
+        Raises FeedError: bad_request for what never fits, retry_later for what does not fit now.
+        """
         if num_bytes > self._max_bytes:
             raise FeedError(
                 "bad_request", f"an answer of {num_bytes} bytes; this server holds at most {self._max_bytes} of all answers: ask for less"
             )
         with self._changed:
-            client = self._client(name)
+            client = _Client(self._clock()) if name is None else self._client(name)
             if client.in_flight >= self._limits.max_in_flight:
                 raise self._later(f"this client has {client.in_flight} answers in flight; {self._limits.max_in_flight} are allowed")
             if self._bytes + num_bytes > self._max_bytes:

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.protocol.handshake import check_hello, golden_answer, plan_digest
+from m2mkd_ds.teacher.protocol.handshake import GOLDEN_IMAGES, check_hello, golden_answer, plan_digest
 from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, Payload, Status, Welcome
 from m2mkd_ds.teacher.server.admission import Admission, Lease
 from m2mkd_ds.teacher.server.decode_pool import DecodeError
@@ -67,14 +67,26 @@ class TeacherService:
             )  # fmt: skip
 
     def golden(self, request: Golden) -> Answer:
-        """Outputs for the synthetic images. Raises FeedError."""
+        """Outputs for the synthetic images, whose bytes count until this returns. Raises FeedError."""
+        with self.golden_answering(request) as answer:
+            return answer
+
+    def golden_answering(self, request: Golden) -> Lease[Answer]:
+        """Outputs for the synthetic images, whose bytes count until the lease is released. Raises FeedError."""
         with self._counted():
+            self._refuse_draining()
             self._same_instance(request.instance)
             absent = sorted(set(request.pairs) - set(self.producer.pairs))
             if absent:
                 raise FeedError("bad_request", f"pairs: pair {absent[0]} is not served; this server has {sorted(self.producer.pairs)}")
-            with self.producer.turns:
-                return golden_answer(self.producer.parts, request)
+            # Of no client: a trainer that greets holds no answer yet, and a Golden does not say whose it is.
+            admitted = self._admission.admit(None, self.producer.golden_bytes(GOLDEN_IMAGES, request.pairs))
+            try:
+                with self.producer.turns:
+                    return Lease(golden_answer(self.producer.parts, request), admitted)
+            except BaseException:
+                admitted()
+                raise
 
     def get(self, request: GetBatch) -> Answer:
         """One micro-batch, whose bytes count until this returns: for callers in the same process. Raises FeedError."""

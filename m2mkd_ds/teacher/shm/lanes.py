@@ -140,7 +140,10 @@ class Lane:
         elif kind == frames.STATUS:
             self._send(frames.STATE, pack(service.status(unpack_name(body))))
         elif kind == frames.GOLDEN:
-            self._hand_over(self._written(service.golden(unpack(Golden, body))))
+            with service.golden_answering(unpack(Golden, body)) as answer:
+                ready = self._written(answer)
+            del answer
+            self._hand_over(ready)
         elif kind == frames.GET:
             request = unpack(GetBatch, body)
             with self._grants.request(request.client):
