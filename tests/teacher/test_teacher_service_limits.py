@@ -25,6 +25,8 @@ Making = Callable[..., TeacherService]
 # One answer of all pairs: images 4 * 3 * 16 * 16 fp32, labels and targets; two hidden states of 4 * 17 * 32; logits and targets of 4 * 10.
 ANSWER_BYTES = 12_288 + 4 * (8 + 57 + 40) + 2 * 8_704 + 4 * 160
 """Its estimate, at least as much as it has."""
+WORK_BYTES = 4 * 4 * (768 + 2 * 544)
+"""While it is made, in fp32: finished images of 3 * 16 * 16 and two hidden states of 17 * 32, for four images."""
 
 
 class Clock:
@@ -63,7 +65,8 @@ def test_a_client_has_so_many_answers_at_once_and_others_go_on(make_service: Mak
 
 
 def test_a_client_that_never_lets_go_holds_its_share_and_no_more(make_service: Making) -> None:
-    service = make_service(limits=replace(LIMITS, max_in_flight=3), max_bytes=5 * ANSWER_BYTES)
+    most = 5 * ANSWER_BYTES + WORK_BYTES
+    service = make_service(limits=replace(LIMITS, max_in_flight=3), max_bytes=most)
     held = []
     for start in range(0, 400, 4):
         try:
@@ -71,7 +74,7 @@ def test_a_client_that_never_lets_go_holds_its_share_and_no_more(make_service: M
         except FeedError as err:
             assert err.code == "retry_later"
         service.get(asked(service, start, client="lively"))  # two more fit at any time
-        assert service.counters()["in_flight_bytes"] <= 5 * ANSWER_BYTES
+        assert service.counters()["in_flight_bytes"] <= most
     assert len(held) == 3 and service.counters()["answers"] == 103
     # With many such clients the bytes of all are the bound.
     for number in range(20):
@@ -80,7 +83,20 @@ def test_a_client_that_never_lets_go_holds_its_share_and_no_more(make_service: M
         except FeedError as err:
             assert err.code == "retry_later" and "more would be above" in str(err)
     assert len(held) == 5
-    assert sum(lease.answer.num_bytes for lease in held) <= service.counters()["in_flight_bytes"] <= 5 * ANSWER_BYTES
+    assert sum(lease.answer.num_bytes for lease in held) <= service.counters()["in_flight_bytes"] <= most
+
+
+def test_the_way_to_an_answer_counts_while_it_is_made(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    parts = make_parts(tiny_config, tiny_index)
+    service = service_of(Producer(parts), tiny_config, tiny_index)
+    seen = []
+    parts.teachers[2].register_forward_pre_hook(lambda *_: seen.append(service.counters()["in_flight_bytes"]))
+    logits = {"payload": "logits", "pairs": (2,)}
+    with service.answering(asked(service, **logits)) as answer:  # type: ignore[arg-type]
+        assert answer.num_bytes == 4 * 4 * 10 == service.counters()["in_flight_bytes"]
+    assert seen == [160 + 12_288 + WORK_BYTES]  # logits, decoded images, and the way
+    small = service_of(service.producer, tiny_config, tiny_index, max_bytes=int(seen[0]) - 1)
+    assert "takes 42144 bytes; this server holds at most 42143" in str(refused(small, "bad_request", **logits))
 
 
 def test_what_never_fits_is_a_bad_request_before_any_work(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:

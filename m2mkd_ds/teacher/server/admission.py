@@ -53,6 +53,21 @@ class _Client:
     in_flight: int = 0
 
 
+class Place:
+    """What was admitted; calling it gives it back, once."""
+
+    def __init__(self, admission: Admission, client: _Client, num_bytes: int, began: float) -> None:
+        self._admission, self._client, self._bytes, self._began = admission, client, num_bytes, began
+
+    def shrink(self, num_bytes: int) -> None:
+        """The answer is made, and needs no more than so many bytes from now on."""
+        self._admission._shrink(self._bytes - num_bytes)
+        self._bytes = num_bytes
+
+    def __call__(self) -> None:
+        self._admission._give_back(self._client, self._bytes, self._began)
+
+
 class Admission:
     """Keeps count. Safe from several threads; a call takes microseconds."""
 
@@ -92,14 +107,15 @@ class Admission:
             if name in self._clients:
                 self._client(name)
 
-    def admit(self, name: str | None, num_bytes: int) -> Callable[[], None]:
+    def admit(self, name: str | None, num_bytes: int) -> Place:
         """What gives back the place. None: of no client, so the bytes alone are counted.
 
         Raises FeedError: bad_request for what never fits, retry_later for what does not fit now.
         """
         if num_bytes > self._max_bytes:
             raise FeedError(
-                "bad_request", f"an answer of {num_bytes} bytes; this server holds at most {self._max_bytes} of all answers: ask for less"
+                "bad_request",
+                f"an answer that takes {num_bytes} bytes; this server holds at most {self._max_bytes} of all answers: ask for less",
             )
         with self._changed:
             client = _Client(self._clock()) if name is None else self._client(name)
@@ -110,13 +126,16 @@ class Admission:
             client.in_flight += 1
             self._in_flight += 1
             self._bytes += num_bytes
-        began = self._clock()
-        return lambda: self._give_back(client, num_bytes, began)
+        return Place(self, client, num_bytes, self._clock())
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Whether nothing is in flight, within the time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._in_flight == 0, timeout_s)
+
+    def _shrink(self, num_bytes: int) -> None:
+        with self._changed:
+            self._bytes -= num_bytes
 
     def _give_back(self, client: _Client, num_bytes: int, began: float) -> None:
         with self._changed:

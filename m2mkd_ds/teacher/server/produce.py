@@ -130,6 +130,14 @@ class Producer:
             total += 4 * count * classes * len(request.pairs)
         return total
 
+    def work_bytes(self, request: GetBatch) -> int:
+        """Of what is held at once while the answer is made and is no part of it: decoded images, finished ones, all h_i on the way."""
+        images = 0 if _needs_images(request) else self.image_bytes(request)
+        if request.payload == "evaluation" or (request.payload == "image" and not request.with_teacher):
+            return images
+        walk = sum(self._hidden_numbers(i) for i in range(max(request.pairs) + 1))
+        return images + request.layout.micro_batch_size * walk * self.parts.dtype.itemsize
+
     def image_bytes(self, request: GetBatch) -> int:
         """Of the decoded images."""
         return self._stream.image_bytes(request.layout.micro_batch_size)

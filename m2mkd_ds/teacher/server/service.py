@@ -107,6 +107,7 @@ class TeacherService:
             except BaseException:
                 admitted()
                 raise
+            admitted.shrink(answer.num_bytes)  # what was on the way to it is the cache's now, or gone
             self._counters.add("answers")
             self._counters.add("bytes_out", answer.num_bytes)
             return Lease(answer, admitted)
@@ -147,7 +148,7 @@ class TeacherService:
         self.producer.close()
 
     def _checked_bytes(self, request: GetBatch) -> int:
-        """What to hold free for the answer, of a request that can be answered. Raises FeedError: bad_request or mismatch."""
+        """What to hold free for the answer and the work on it, of a good request. Raises FeedError: bad_request or mismatch."""
         check_stream(request, self.producer.pairs, self.options.limits)
         if request.plan != self._plan(request.layout):
             raise FeedError("mismatch", f"plan: the request has {request.plan}, this server has another for that layout; say Hello again")
@@ -160,8 +161,7 @@ class TeacherService:
                 "bad_request",
                 f"an answer of up to {num_bytes} bytes; this server sends at most {most}: ask for fewer pairs or images at once",
             )
-        # First the images are held, and then the answer.
-        return max(num_bytes, self.producer.image_bytes(request))
+        return num_bytes + self.producer.work_bytes(request)
 
     def _made(self, request: GetBatch) -> Answer:
         try:
