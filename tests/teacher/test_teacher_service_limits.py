@@ -192,6 +192,32 @@ def test_golden_outputs_are_counted_and_refused_while_draining(tiny_config: RunC
     assert refusal.value.code == "draining" and service.status().in_flight == 0
 
 
+def test_a_server_that_only_fails_is_not_ready_until_it_answers(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    parts = make_parts(tiny_config, tiny_index)
+    service = service_of(Producer(parts, cache_bytes=0), tiny_config, tiny_index)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def break_down() -> None:
+        for number in range(4):
+            refused(service, "internal", start=4 * number)
+        refused(service, "bad_request", pairs=(5,))  # no fault of the server's
+        assert service.status().ready
+        with pytest.raises(RuntimeError):
+            service.golden(Golden(instance=service.instance, pairs=(1,)))
+        assert not service.status().ready and not service.status().draining
+
+    for succeed in (lambda: service.get(asked(service)), lambda: service.golden(Golden(instance=service.instance, pairs=(1,)))):
+        hook = parts.teachers[1].register_forward_pre_hook(fail)
+        break_down()
+        service.hello(hello(tiny_config, tiny_index))  # computes nothing, so it proves nothing
+        assert not service.status().ready
+        hook.remove()
+        succeed()
+        assert service.status().ready
+
+
 def test_clients_are_counted_up_to_a_bound() -> None:
     clock = Clock()
     admission = Admission(LIMITS, 1000, Counters(), clock)

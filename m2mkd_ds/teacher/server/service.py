@@ -27,6 +27,10 @@ from m2mkd_ds.teacher.server.requests import check_start, check_stream
 log = logging.getLogger("m2mkd_ds")
 
 
+MAX_INTERNAL_ERRORS = 5
+"""One after another; then the server is not ready: a device may be lost for good, and whoever watches /ready shall start another one."""
+
+
 @dataclass(frozen=True)
 class ServiceOptions:
     """What an operator grants."""
@@ -52,6 +56,8 @@ class TeacherService:
         self._admission = Admission(options.limits, options.max_bytes, self._counters, clock)
         self._plan = lru_cache(64)(self._plan_of)
         self._draining = threading.Event()
+        self._internal_errors = 0
+        """Since the last answer; threads may lose a count to each other, and the next error makes up for it."""
 
     def hello(self, hello: Hello) -> Welcome:
         """Raises FeedError: mismatch naming the field and both values, bad_request for a stream that this server cannot serve."""
@@ -83,10 +89,12 @@ class TeacherService:
             admitted = self._admission.admit(None, self.producer.golden_bytes(GOLDEN_IMAGES, request.pairs))
             try:
                 with self.producer.turns:
-                    return Lease(golden_answer(self.producer.parts, request), admitted)
+                    answer = golden_answer(self.producer.parts, request)
             except BaseException:
                 admitted()
                 raise
+            self._internal_errors = 0
+            return Lease(answer, admitted)
 
     def get(self, request: GetBatch) -> Answer:
         """One micro-batch, whose bytes count until this returns: for callers in the same process. Raises FeedError."""
@@ -108,6 +116,7 @@ class TeacherService:
                 admitted()
                 raise
             admitted.shrink(answer.num_bytes)  # what was on the way to it is the cache's now, or gone
+            self._internal_errors = 0
             self._counters.add("answers")
             self._counters.add("bytes_out", answer.num_bytes)
             return Lease(answer, admitted)
@@ -117,8 +126,9 @@ class TeacherService:
         if client:
             self._admission.refresh(client)
         draining = self._draining.is_set()
+        ready = not draining and self._internal_errors < MAX_INTERNAL_ERRORS
         return Status(
-            instance=self.instance, ready=not draining, draining=draining, in_flight=self._admission.in_flight,
+            instance=self.instance, ready=ready, draining=draining, in_flight=self._admission.in_flight,
             clients=self._admission.num_clients, endpoints=self.options.endpoints,
         )  # fmt: skip
 
@@ -191,6 +201,10 @@ class TeacherService:
             yield
         except FeedError as err:
             self._counters.add(f"errors_{err.code}")
+            self._internal_errors += err.code == "internal"
+            raise
+        except Exception:  # the transport makes an internal error of it
+            self._internal_errors += 1
             raise
 
     def _refuse_draining(self) -> None:
