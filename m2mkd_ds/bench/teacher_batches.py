@@ -133,8 +133,8 @@ class StandIn(Producer):
         """Of one answer."""
         return self.batches.num_bytes
 
-    def image_bytes(self, request: GetBatch) -> int:
-        """There are none."""
+    def work_bytes(self, request: GetBatch) -> int:
+        """There is none: batches are made beforehand."""
         return 0
 
     def close(self) -> None:

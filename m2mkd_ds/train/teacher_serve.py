@@ -56,16 +56,18 @@ def serve(config: RunConfig, options: ServerOptions, pairs: str = "all") -> None
     """Run a server until it is told to stop. Raises ConfigError before anything listens."""
     options.check()
     stop = _Stop()
-    ctx = open_teacher(config)
     with ExitStack() as stack:
+        # Before the models are loaded, which takes minutes: whether the port can be had, and a page that says `not ready` meanwhile.
+        page = stack.enter_context(closing(open_page(options.metrics))) if options.metrics else None
+        ctx = open_teacher(config)
         service = stack.enter_context(closing(make_service(ctx, options, pairs)))
         transports = [make_transport(service, address, options) for address in options.addresses]
         for transport in transports:
-            transport.start()
+            start_transport(transport)
             stack.callback(transport.stop, 0.0)
         facts = {"instance": service.instance, **{f"version_{k}": v for k, v in versions().items()}}
-        if options.metrics:
-            page = stack.enter_context(closing(MetricsPage(options.metrics, service.counters, service.status, facts)))
+        if page is not None:
+            page.attach(service.counters, service.status, facts)
             logger.info("metrics: http://%s:%d/metrics", options.metrics.rpartition(":")[0], page.port)
         for transport in transports:
             logger.info("teacher server %s: ready at %s", service.instance[:8], transport.endpoint)
@@ -77,6 +79,26 @@ def serve(config: RunConfig, options: ServerOptions, pairs: str = "all") -> None
         for transport in transports:
             transport.stop(max(0.0, deadline - time.monotonic()))
     logger.info("stopped")
+
+
+def open_page(address: str) -> MetricsPage:
+    """The page of numbers at HOST:PORT. Raises ConfigError naming --metrics when the address cannot be had."""
+    try:
+        return MetricsPage(address)
+    except OSError as err:
+        raise ConfigError(
+            f"--metrics {address}: cannot listen there ({err.strerror or err}); give --metrics HOST:OTHER, or --metrics '' for no page"
+        ) from err
+
+
+def start_transport(transport: Transport) -> None:
+    """Listen. Raises ConfigError naming --listen when the address cannot be had."""
+    try:
+        transport.start()
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"--listen {transport.endpoint}: {err}") from err
 
 
 def open_teacher(config: RunConfig) -> RunContext:

@@ -117,6 +117,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["default"] > 20_000 and faults["kept"] < 2_000
 
 
+def test_a_status_tells_who_asks(make_service: MakeService, listen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, names = make_service(), []
+    real = service.status
+    monkeypatch.setattr(service, "status", lambda client="": names.append(client) or real(client))
+    link = connect(listen(service))
+    link.status(5.0)
+    link.hello(hello_of(service), 5.0)
+    link.status(5.0)
+    assert names == ["", "test"]
+    link._name = "n" * 257
+    with pytest.raises(FeedError, match="a client's name of 257 characters"):
+        link.status(5.0)
+
+
 def test_a_refusal_keeps_its_code_and_details(make_service: MakeService, listen: Any) -> None:
     service = make_service()
     slots = tuple(range(10**15, 10**15 + 1024))  # 17 KB of JSON: more than gRPC's trailers hold

@@ -95,14 +95,15 @@ def test_a_certificate_that_expired_or_names_another_host_is_refused(make_servic
         transport.stop(0.0)
 
 
-def test_after_ten_wrong_tokens_a_host_has_to_wait(guarded: FlightTransport, pki: Pki) -> None:
+def test_after_ten_wrong_tokens_a_host_has_to_wait_unless_it_shows_the_right_one(guarded: FlightTransport, pki: Pki) -> None:
     wrong, right = FlightConnection(guarded.endpoint, pki.client("x" * 20)), FlightConnection(guarded.endpoint, pki.client())
     for _ in range(10):
         assert right.status(5.0).ready
         with pytest.raises(FeedError, match="wrong or no token"):
             wrong.status(5.0)
     with pytest.raises(FeedError, match="10 calls with a wrong token") as refused:
-        right.status(5.0)
+        wrong.status(5.0)
+    assert right.status(5.0).ready  # another job of that host
     assert refused.value.code == "unauthenticated" and 30 < refused.value.retry_after_s <= 60
 
 

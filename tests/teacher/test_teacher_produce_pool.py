@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.server.decode_pool import DecodeError, DecodeHere, DecodePool, LayoutBatches, Stream
+from m2mkd_ds.teacher.server.decode_pool import DecodeError, DecodeHere, DecodePool, LayoutBatches, Stream, _Worker
 from m2mkd_ds.teacher.server.produce import Producer
 from tests.data.tar_files import image_file
 from tests.teacher.asking import LAYOUT, asked, assert_same, colocated
@@ -202,6 +203,27 @@ def test_an_error_of_augmentation_names_sample_and_slot(tiny_config: RunConfig, 
     with pytest.raises(SampleError, match=r"augmentation failed \(ZeroDivisionError: one over none; .*stream position 4") as caught:
         decoder.decode(LAYOUT, 0, 1, 0)
     assert caught.value.kind == "transform"
+
+
+def test_a_worker_can_be_killed_while_it_is_forgotten(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    killed = []
+
+    class Killed:
+        def kill(self) -> None:
+            killed.append(self)
+
+    class Vanishing(_Worker):
+        @property
+        def _process(self) -> Any:  # type: ignore[override]
+            """Gone as soon as somebody has looked."""
+            return self.left.pop() if self.left else None
+
+        @_process.setter
+        def _process(self, process: Any) -> None:
+            self.left = [Killed()]
+
+    Vanishing(stream_of(tiny_config, tiny_index)).kill()
+    assert len(killed) == 1
 
 
 def test_only_the_layouts_used_last_are_kept(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:

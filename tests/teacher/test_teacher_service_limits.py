@@ -25,6 +25,8 @@ Making = Callable[..., TeacherService]
 # One answer of all pairs: images 4 * 3 * 16 * 16 fp32, labels and targets; two hidden states of 4 * 17 * 32; logits and targets of 4 * 10.
 ANSWER_BYTES = 12_288 + 4 * (8 + 57 + 40) + 2 * 8_704 + 4 * 160
 """Its estimate, at least as much as it has."""
+WORK_BYTES = 4 * 4 * (768 + 2 * 544)
+"""While it is made, in fp32: finished images of 3 * 16 * 16 and two hidden states of 17 * 32, for four images."""
 
 
 class Clock:
@@ -63,7 +65,8 @@ def test_a_client_has_so_many_answers_at_once_and_others_go_on(make_service: Mak
 
 
 def test_a_client_that_never_lets_go_holds_its_share_and_no_more(make_service: Making) -> None:
-    service = make_service(limits=replace(LIMITS, max_in_flight=3), max_bytes=5 * ANSWER_BYTES)
+    most = 5 * ANSWER_BYTES + WORK_BYTES
+    service = make_service(limits=replace(LIMITS, max_in_flight=3), max_bytes=most)
     held = []
     for start in range(0, 400, 4):
         try:
@@ -71,7 +74,7 @@ def test_a_client_that_never_lets_go_holds_its_share_and_no_more(make_service: M
         except FeedError as err:
             assert err.code == "retry_later"
         service.get(asked(service, start, client="lively"))  # two more fit at any time
-        assert service.counters()["in_flight_bytes"] <= 5 * ANSWER_BYTES
+        assert service.counters()["in_flight_bytes"] <= most
     assert len(held) == 3 and service.counters()["answers"] == 103
     # With many such clients the bytes of all are the bound.
     for number in range(20):
@@ -80,7 +83,20 @@ def test_a_client_that_never_lets_go_holds_its_share_and_no_more(make_service: M
         except FeedError as err:
             assert err.code == "retry_later" and "more would be above" in str(err)
     assert len(held) == 5
-    assert sum(lease.answer.num_bytes for lease in held) <= service.counters()["in_flight_bytes"] <= 5 * ANSWER_BYTES
+    assert sum(lease.answer.num_bytes for lease in held) <= service.counters()["in_flight_bytes"] <= most
+
+
+def test_the_way_to_an_answer_counts_while_it_is_made(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    parts = make_parts(tiny_config, tiny_index)
+    service = service_of(Producer(parts), tiny_config, tiny_index)
+    seen = []
+    parts.teachers[2].register_forward_pre_hook(lambda *_: seen.append(service.counters()["in_flight_bytes"]))
+    logits = {"payload": "logits", "pairs": (2,)}
+    with service.answering(asked(service, **logits)) as answer:  # type: ignore[arg-type]
+        assert answer.num_bytes == 4 * 4 * 10 == service.counters()["in_flight_bytes"]
+    assert seen == [160 + 12_288 + WORK_BYTES]  # logits, decoded images, and the way
+    small = service_of(service.producer, tiny_config, tiny_index, max_bytes=int(seen[0]) - 1)
+    assert "takes 42144 bytes; this server holds at most 42143" in str(refused(small, "bad_request", **logits))
 
 
 def test_what_never_fits_is_a_bad_request_before_any_work(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
@@ -129,26 +145,77 @@ def test_a_failed_answer_gives_its_place_back(tiny_config: RunConfig, tiny_index
     assert_same(service.get(asked(service)).tensors, colocated(tiny_config, tiny_index, 1)[0])
 
 
-def test_a_silent_client_is_forgotten_and_what_it_holds_counts_on(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+def test_a_silent_client_is_forgotten_once_it_holds_nothing(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
     clock = Clock()
-    service = service_of(Producer(make_parts(tiny_config, tiny_index)), tiny_config, tiny_index, clock=clock)  # heartbeat: 1 s
-    lease = service.answering(asked(service, client="silent"))
+    limits = replace(LIMITS, max_in_flight=1)  # heartbeat: 1 s
+    service = service_of(Producer(make_parts(tiny_config, tiny_index)), tiny_config, tiny_index, limits, clock=clock)
+    lease = service.answering(asked(service, client="reading"))
+    service.get(asked(service, client="silent"))
     service.get(asked(service, client="waiting"))
     service.get(asked(service, client="lively"))
-    assert service.status().clients == 3
+    assert service.status().clients == 4
     for _ in range(3):
         clock.now += 1.9
         service.status("waiting")
         service.get(asked(service, client="lively"))
-    assert service.status().clients == 2 and service.counters()["evicted_clients"] == 1
-    assert service.status("never greeted").clients == 2
+    assert service.status().clients == 3 and service.counters()["evicted_clients"] == 1
+    assert service.status("never greeted").clients == 3
     assert service.status().in_flight == 1 and service.counters()["in_flight_bytes"] > 0
+    refused(service, "retry_later", client="reading")  # its share did not begin anew
     service.get(asked(service, client="silent"))  # it comes back, and needs no greeting: nothing was kept for it
-    assert service.status().clients == 3
+    assert service.status().clients == 4
     lease.release()
     assert service.status().in_flight == 0 and service.wait_idle(0)
+    clock.now += 3.9
+    service.get(asked(service, client="reading"))  # taking an answer is a sign of life
     clock.now += 100
-    assert service.status().clients == 0 and service.counters()["evicted_clients"] == 4
+    assert service.status().clients == 0 and service.counters()["evicted_clients"] == 5
+
+
+def test_golden_outputs_are_counted_and_refused_while_draining(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    service = service_of(Producer(make_parts(tiny_config, tiny_index)), tiny_config, tiny_index)
+    request = Golden(instance=service.instance, pairs=ALL)
+    with service.golden_answering(request) as answer:
+        # h_0 of 3 * 16 * 16 and twice 17 * 32 for two images, as hidden.I; module.0 and module.1; module.2 and three logits of ten classes
+        assert answer.num_bytes == 2 * 4 * (768 + 2 * 544 + 2 * 544 + 4 * 10)
+        held = service.counters()["in_flight_bytes"]
+        assert answer.num_bytes + 2 * 4 * (768 + 2 * 544) <= held < 2 * answer.num_bytes
+        assert service.status().in_flight == 1 and service.status().clients == 0
+    assert service.counters()["in_flight_bytes"] == 0
+    full = service_of(service.producer, tiny_config, tiny_index, max_bytes=int(held) + 1)
+    with full.golden_answering(replace(request, instance=full.instance)), pytest.raises(FeedError, match="are in flight") as late:
+        full.golden(replace(request, instance=full.instance))
+    assert late.value.code == "retry_later"
+    service.drain()
+    with pytest.raises(FeedError, match="about to stop") as refusal:
+        service.golden(request)
+    assert refusal.value.code == "draining" and service.status().in_flight == 0
+
+
+def test_a_server_that_only_fails_is_not_ready_until_it_answers(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
+    parts = make_parts(tiny_config, tiny_index)
+    service = service_of(Producer(parts, cache_bytes=0), tiny_config, tiny_index)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def break_down() -> None:
+        for number in range(4):
+            refused(service, "internal", start=4 * number)
+        refused(service, "bad_request", pairs=(5,))  # no fault of the server's
+        assert service.status().ready
+        with pytest.raises(RuntimeError):
+            service.golden(Golden(instance=service.instance, pairs=(1,)))
+        assert not service.status().ready and not service.status().draining
+
+    for succeed in (lambda: service.get(asked(service)), lambda: service.golden(Golden(instance=service.instance, pairs=(1,)))):
+        hook = parts.teachers[1].register_forward_pre_hook(fail)
+        break_down()
+        service.hello(hello(tiny_config, tiny_index))  # computes nothing, so it proves nothing
+        assert not service.status().ready
+        hook.remove()
+        succeed()
+        assert service.status().ready
 
 
 def test_clients_are_counted_up_to_a_bound() -> None:

@@ -225,16 +225,50 @@ def test_a_process_of_another_user_is_refused(make_service: MakeService, tmp_pat
             assert refused.value.code == "unauthenticated" and transport.num_lanes == 0
 
 
-def test_connections_are_bounded(make_service: MakeService, tmp_path: Path) -> None:
-    with serving(make_service(), tmp_path / "t.sock", max_lanes=2) as transport:
+def test_a_status_tells_who_asks(make_service: MakeService, tmp_path: Path, hello: Hello, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, names = make_service(), []
+    real = service.status
+    monkeypatch.setattr(service, "status", lambda client="": names.append(client) or real(client))
+    with serving(service, tmp_path / "t.sock") as transport, linked(transport) as link:
+        link.status(5.0)
+        link.hello(hello, 5.0)
+        link.status(5.0)
+        raw = RawLane(transport.path)
+        for body, told in ((b"n" * 257, "a client's name of 257 characters"), (b"\xff", "no text")):
+            raw.say(frames.STATUS, body)
+            heard = raw.hear()
+            assert heard is not None and heard[0] == frames.REFUSED and told in str(frames.unpack_error(heard[1]))
+        assert names == ["", "test"]
+
+
+def test_connections_are_bounded(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = make_service()
+    with serving(service, tmp_path / "t.sock", max_lanes=2) as transport:
         lanes = [RawLane(transport.path) for _ in range(2)]
-        assert soon(lambda: transport.num_lanes == 2)
+        for lane in lanes:
+            lane.take(request(service, hello, 0))  # both wait for their Ack
         with linked(transport) as link:
             with pytest.raises(FeedError, match="all 2 connections") as refused:
                 link.status(5.0)
             assert refused.value.code == "retry_later" and refused.value.retry_after_s > 0
             lanes[0].sock.close()
             assert soon(lambda: transport.num_lanes == 1) and link.status(5.0).ready
+
+
+def test_a_new_client_gets_the_connection_that_was_idle_longest(make_service: MakeService, tmp_path: Path) -> None:
+    with serving(make_service(), tmp_path / "t.sock", max_lanes=2) as transport:
+        lanes = [RawLane(transport.path) for _ in range(2)]
+        for lane in reversed(lanes):
+            lane.say(frames.STATUS, b"")
+            heard = lane.hear()
+            assert heard is not None and heard[0] == frames.STATE
+        assert soon(lambda: not any(lane.busy for lane in transport._open()))
+        with linked(transport) as link:
+            assert link.status(5.0).ready and transport.num_lanes == 2
+            assert lanes[1].hear() is None  # ended
+            lanes[0].say(frames.STATUS, b"")
+            heard = lanes[0].hear()
+            assert heard is not None and heard[0] == frames.STATE
 
 
 def test_a_slow_client_holds_its_own_slots_only_and_for_a_limited_time(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:

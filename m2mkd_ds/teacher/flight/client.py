@@ -74,7 +74,7 @@ class FlightConnection:
         self._host, self._port = split_address(endpoint)
         self.endpoint = join_address(self._host, self._port)
         self._keys = keys = security.load()
-        self._max_answer_bytes = 0
+        self._max_answer_bytes, self._name = 0, ""
         self._pool = pool or BufferPool(MAX_BUFFERS, MAX_POOL_BYTES)
         self._streams: set[Any] = set()
         self._lock = threading.Lock()
@@ -86,12 +86,12 @@ class FlightConnection:
     def hello(self, hello: Hello, deadline_s: float) -> Welcome:
         """Must come first; the welcome's limits hold for the calls after it."""
         welcome = self._action(Welcome, HELLO, pack(hello), deadline_s)
-        self._max_answer_bytes = welcome.limits.max_answer_bytes
+        self._max_answer_bytes, self._name = welcome.limits.max_answer_bytes, hello.client
         return welcome
 
     def status(self, deadline_s: float) -> Status:
-        """How the server is."""
-        return self._action(Status, STATUS, b"", deadline_s)
+        """How the server is; after a hello, a sign of life of its client."""
+        return self._action(Status, STATUS, self._name.encode(), deadline_s)
 
     def golden(self, request: Golden, deadline_s: float) -> Answer:
         """Outputs for the synthetic images."""

@@ -23,7 +23,10 @@ MAX_PEERS = 1024
 
 
 class FailureLimit:
-    """Counts wrong tokens by host. After MAX_FAILURES within WINDOW_S nothing of that host is looked at until the window ends."""
+    """Counts wrong tokens by host. After MAX_FAILURES within WINDOW_S its next ones are told to wait until the window ends.
+
+    For calls without the right token only: a host may run several jobs, and one with a wrong token must not lock the others out.
+    """
 
     def __init__(self) -> None:
         self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()

@@ -32,7 +32,7 @@ from m2mkd_ds.teacher.flight.parts import (
 from m2mkd_ds.teacher.flight.security import Keys, ServerSecurity, join_address, split_address
 from m2mkd_ds.teacher.flight.sockets import cut_connection
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack, unpack_name
 from m2mkd_ds.teacher.server.admission import Lease
 from m2mkd_ds.teacher.server.service import TeacherService
 
@@ -109,8 +109,8 @@ class FlightTransport:
             with self._call(context):
                 if kind not in (HELLO, STATUS) or body.size > MAX_MESSAGE_BYTES:
                     raise FeedError("bad_request", f"action {kind[:40]!r} of {body.size} bytes; allowed: {HELLO}, {STATUS} up to 64 KB")
-                service = self._service
-                return pack(service.hello(unpack(Hello, body.to_pybytes())) if kind == HELLO else service.status())
+                service, told = self._service, body.to_pybytes()
+                return pack(service.hello(unpack(Hello, told)) if kind == HELLO else service.status(unpack_name(told)))
         except FeedError as err:
             return pack_refusal(err)
 
@@ -146,7 +146,7 @@ class FlightTransport:
         if ticket.startswith(GET):
             return self._service.answering(unpack(GetBatch, ticket[len(GET) :]))
         if ticket.startswith(GOLDEN):
-            return Lease(self._service.golden(unpack(Golden, ticket[len(GOLDEN) :])), lambda: None)
+            return self._service.golden_answering(unpack(Golden, ticket[len(GOLDEN) :]))
         raise FeedError("bad_request", "a ticket begins with `get` or `golden`")
 
     @contextmanager
@@ -157,8 +157,8 @@ class FlightTransport:
     @contextmanager
     def _counted(self, peer: str, authorised: bool) -> Iterator[_Call]:
         """One call, from its checks to its last part. Raises FeedError for what may not be, and for a bug, which is logged."""
-        self._failures.check(peer)
         if not authorised:
+            self._failures.check(peer)
             self._failures.count(peer)
             raise FeedError("unauthenticated", "wrong or no token: give teacher.token_file the file that the server was started with")
         if self._stopping.is_set():

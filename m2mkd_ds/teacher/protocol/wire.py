@@ -44,7 +44,8 @@ ErrorCode = Literal["retry_later", "draining", "mismatch", "bad_request", "unaut
 the caller means. bad_request: cannot be a message of ours. poisoned: the teacher's output is not finite. internal: a bug of the server."""
 LinkFault = Literal["unreachable", "deadline", "corrupt", "closed"]
 
-Name = Annotated[str, Field(max_length=256)]
+MAX_NAME_CHARS = 256
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Digest = Annotated[str, Field(max_length=128)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Index = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -280,6 +281,17 @@ def unpack(kind: type[_Message], packed: bytes) -> _Message:
     except ValidationError as err:
         raise FeedError("bad_request", f"{kind.__name__}: {told(err)}") from None
     return message
+
+
+def unpack_name(packed: bytes) -> str:
+    """The client that asks for a Status; empty: one that did not say. Raises FeedError(bad_request)."""
+    try:
+        name = packed.decode()
+    except UnicodeDecodeError:
+        raise FeedError("bad_request", "status: the client's name is no text") from None
+    if len(name) > MAX_NAME_CHARS:
+        raise FeedError("bad_request", f"status: a client's name of {len(name)} characters; at most {MAX_NAME_CHARS} are allowed")
+    return name
 
 
 def told(err: ValidationError) -> str:

@@ -2,7 +2,7 @@
 
 An answer's bytes count from before it is made until whoever sends it lets go of its `Lease`. Nothing waits here: what does not fit is
 refused with retry_later, so a client that does not read holds at most its own share. A client that is silent for several heartbeats
-is forgotten; what is still being sent to it counts on, because its memory is still in use.
+is forgotten once nothing is in flight for it: else its share would begin anew while the memory of the old one is still in use.
 """
 
 from __future__ import annotations
@@ -53,6 +53,21 @@ class _Client:
     in_flight: int = 0
 
 
+class Place:
+    """What was admitted; calling it gives it back, once."""
+
+    def __init__(self, admission: Admission, client: _Client, num_bytes: int, began: float) -> None:
+        self._admission, self._client, self._bytes, self._began = admission, client, num_bytes, began
+
+    def shrink(self, num_bytes: int) -> None:
+        """The answer is made, and needs no more than so many bytes from now on."""
+        self._admission._shrink(self._bytes - num_bytes)
+        self._bytes = num_bytes
+
+    def __call__(self) -> None:
+        self._admission._give_back(self._client, self._bytes, self._began)
+
+
 class Admission:
     """Keeps count. Safe from several threads; a call takes microseconds."""
 
@@ -92,14 +107,18 @@ class Admission:
             if name in self._clients:
                 self._client(name)
 
-    def admit(self, name: str, num_bytes: int) -> Callable[[], None]:
-        """What gives back the place. Raises FeedError: bad_request for what never fits, retry_later for what does not fit now."""
+    def admit(self, name: str | None, num_bytes: int) -> Place:
+        """What gives back the place. None: of no client, so the bytes alone are counted.
+
+        Raises FeedError: bad_request for what never fits, retry_later for what does not fit now.
+        """
         if num_bytes > self._max_bytes:
             raise FeedError(
-                "bad_request", f"an answer of {num_bytes} bytes; this server holds at most {self._max_bytes} of all answers: ask for less"
+                "bad_request",
+                f"an answer that takes {num_bytes} bytes; this server holds at most {self._max_bytes} of all answers: ask for less",
             )
         with self._changed:
-            client = self._client(name)
+            client = _Client(self._clock()) if name is None else self._client(name)
             if client.in_flight >= self._limits.max_in_flight:
                 raise self._later(f"this client has {client.in_flight} answers in flight; {self._limits.max_in_flight} are allowed")
             if self._bytes + num_bytes > self._max_bytes:
@@ -107,17 +126,21 @@ class Admission:
             client.in_flight += 1
             self._in_flight += 1
             self._bytes += num_bytes
-        began = self._clock()
-        return lambda: self._give_back(client, num_bytes, began)
+        return Place(self, client, num_bytes, self._clock())
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Whether nothing is in flight, within the time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._in_flight == 0, timeout_s)
 
+    def _shrink(self, num_bytes: int) -> None:
+        with self._changed:
+            self._bytes -= num_bytes
+
     def _give_back(self, client: _Client, num_bytes: int, began: float) -> None:
         with self._changed:
             client.in_flight -= 1
+            client.last_heard = self._clock()
             self._in_flight -= 1
             self._bytes -= num_bytes
             self._mean_s += 0.1 * (self._clock() - began - self._mean_s)
@@ -135,7 +158,7 @@ class Admission:
 
     def _forget_silent(self) -> None:
         latest = self._clock() - SILENT_HEARTBEATS * self._limits.heartbeat_s
-        for name in [name for name, client in self._clients.items() if client.last_heard < latest]:
+        for name in [name for name, client in self._clients.items() if not client.in_flight and client.last_heard < latest]:
             del self._clients[name]
             self._counters.add("evicted_clients")
 

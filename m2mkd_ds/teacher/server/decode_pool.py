@@ -239,8 +239,9 @@ class _Worker:
 
     def kill(self) -> None:
         """From any thread; the one that waits for it sees its end."""
-        if self._process is not None:
-            self._process.kill()
+        process = self._process  # `forget` may take it away meanwhile
+        if process is not None:
+            process.kill()
 
     def forget(self) -> None:
         """End the process, if it still runs."""

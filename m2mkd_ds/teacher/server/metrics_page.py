@@ -5,6 +5,7 @@ Numbers only, no weights and no images, but no authentication either: it listens
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,26 +40,32 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class MetricsPage:
-    """Serves `counters()` and `status()` from a thread of its own until `close`. `facts` are labels of the gauge `info`.
+    """A page that is not ready until `attach` gives it a service; from a thread of its own until `close`.
 
     Raises OSError when `listen` (HOST:PORT; port 0: any) cannot be had, ModuleNotFoundError without prometheus-client.
     """
 
-    def __init__(
-        self, listen: str, counters: Callable[[], Mapping[str, float]], status: Callable[[], Status], facts: Mapping[str, str]
-    ) -> None:
+    def __init__(self, listen: str) -> None:
         from prometheus_client import CollectorRegistry
 
-        self._counters, self._status, self._facts = counters, status, dict(facts)
+        self._counters: Callable[[], Mapping[str, float]] = dict
+        self._status: Callable[[], Status] | None = None
+        self._facts: dict[str, str] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)  # a collector is anything with `collect`
         host, _, port = listen.rpartition(":")
+        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         handler = type("Handler", (_Handler,), {"page": self})
-        self._server = ThreadingHTTPServer((host, int(port)), handler)
-        self._server.daemon_threads = True
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        kind = type("Server", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
+        self._server: ThreadingHTTPServer = kind((host, int(port)), handler)
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics-page", daemon=True)
         self._thread.start()
+
+    def attach(self, counters: Callable[[], Mapping[str, float]], status: Callable[[], Status], facts: Mapping[str, str]) -> None:
+        """From now on the page tells of this service. `facts` are labels of the gauge `info`."""
+        self._counters, self._facts, self._status = counters, dict(facts), status
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """HTTP code, content type and body for a path."""
@@ -70,6 +77,8 @@ class MetricsPage:
         if path == "/live":
             return 200, plain, b"live\n"
         if path == "/ready":
+            if self._status is None:
+                return 503, plain, b"not ready\n"
             status = self._status()
             return (200, plain, b"ready\n") if status.ready else (503, plain, b"draining\n" if status.draining else b"not ready\n")
         return 404, plain, b"/metrics, /live and /ready are here\n"

@@ -48,8 +48,12 @@ class ServerOptions:
 
     def check(self) -> None:
         """Raises ConfigError with one sentence."""
-        for address in (*self.addresses, *((self.metrics,) if self.metrics else ())):
+        for address in self.addresses:
             check_address(address)
+        if self.metrics.startswith("unix:"):
+            raise ConfigError(f"--metrics {self.metrics}: the page is on TCP only; give HOST:PORT, or --metrics '' for none")
+        if self.metrics:
+            check_address(self.metrics)
         positive = ("cache_gb", "max_gb", "max_in_flight", "max_images", "heartbeat_s", "grace_s")
         for name in positive:
             value = getattr(self, name)

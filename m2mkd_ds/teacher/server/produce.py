@@ -8,9 +8,9 @@ Everything is a function of the request, so a cache decides about time only. Sha
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor, nn
@@ -130,9 +130,35 @@ class Producer:
             total += 4 * count * classes * len(request.pairs)
         return total
 
+    def work_bytes(self, request: GetBatch) -> int:
+        """Of what is held at once while the answer is made and is no part of it: decoded images, finished ones, all h_i on the way."""
+        images = 0 if _needs_images(request) else self.image_bytes(request)
+        if request.payload == "evaluation" or (request.payload == "image" and not request.with_teacher):
+            return images
+        walk = sum(self._hidden_numbers(i) for i in range(max(request.pairs) + 1))
+        return images + request.layout.micro_batch_size * walk * self.parts.dtype.itemsize
+
     def image_bytes(self, request: GetBatch) -> int:
         """Of the decoded images."""
         return self._stream.image_bytes(request.layout.micro_batch_size)
+
+    def golden_bytes(self, count: int, pairs: Iterable[int]) -> int:
+        """About what golden outputs of `count` images hold at once.
+
+        The walk in the models' dtype, then hidden, module and logits of each pair in fp32.
+        """
+        pairs = set(pairs)
+        # A module's output is the next hidden state, or logits; where neither is known it is like what goes in.
+        numbers = {i: self._hidden_numbers(i) for i in range(max(pairs) + 2)}
+        sent = sum(numbers[i] + max(numbers[i + 1] or numbers[i], self.parts.data.num_classes) + self.parts.data.num_classes for i in pairs)
+        walk = sum(numbers[i] for i in range(max(pairs) + 1))
+        return count * (4 * sent + self.parts.dtype.itemsize * walk)
+
+    def _hidden_numbers(self, number: int) -> int:
+        """Of h_i of one image; 0 where no pair reaches that far."""
+        if number == 0:
+            return 3 * self.parts.data.image_size**2
+        return prod(self._hidden_shapes.get(number, (0, 0)))
 
     def close(self) -> None:
         """End the workers; answers under way fail."""
@@ -229,10 +255,13 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _hidden_shapes(parts: TeacherParts) -> dict[int, tuple[int, int]]:
-    """(L, D) of h_i by pair i > 0: the chain is walked once with one black image, which also shows early that it fits together."""
-    image_1CHW = torch.zeros(1, 3, parts.data.image_size, parts.data.image_size, device=parts.device, dtype=parts.dtype)
-    hidden = parts.meta.hidden_states(image_1CHW, parts.pairs)
-    return {i: (h_1LD.shape[1], h_1LD.shape[2]) for i, h_1LD in hidden.items() if i > 0}
+    """(L, D) of all h_i on the way to the last pair's: one walk with a black image, which also shows early that the stages fit together."""
+    x = torch.zeros(1, 3, parts.data.image_size, parts.data.image_size, device=parts.device, dtype=parts.dtype)
+    shapes = {}
+    for stage in range(max(pair.index for pair in parts.pairs)):
+        x = parts.meta.stages[stage](x)
+        shapes[stage + 1] = (x.shape[1], x.shape[2])
+    return shapes
 
 
 def _told(bad: tuple[BadSample, ...]) -> tuple[BadSample, ...]:

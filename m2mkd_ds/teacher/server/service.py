@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.protocol.handshake import check_hello, golden_answer, plan_digest
+from m2mkd_ds.teacher.protocol.handshake import GOLDEN_IMAGES, check_hello, golden_answer, plan_digest
 from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, Payload, Status, Welcome
 from m2mkd_ds.teacher.server.admission import Admission, Lease
 from m2mkd_ds.teacher.server.decode_pool import DecodeError
@@ -25,6 +25,10 @@ from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.requests import check_start, check_stream
 
 log = logging.getLogger("m2mkd_ds")
+
+
+MAX_INTERNAL_ERRORS = 5
+"""One after another; then the server is not ready: a device may be lost for good, and whoever watches /ready shall start another one."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class TeacherService:
         self._admission = Admission(options.limits, options.max_bytes, self._counters, clock)
         self._plan = lru_cache(64)(self._plan_of)
         self._draining = threading.Event()
+        self._internal_errors = 0
+        """Since the last answer; threads may lose a count to each other, and the next error makes up for it."""
 
     def hello(self, hello: Hello) -> Welcome:
         """Raises FeedError: mismatch naming the field and both values, bad_request for a stream that this server cannot serve."""
@@ -67,14 +73,28 @@ class TeacherService:
             )  # fmt: skip
 
     def golden(self, request: Golden) -> Answer:
-        """Outputs for the synthetic images. Raises FeedError."""
+        """Outputs for the synthetic images, whose bytes count until this returns. Raises FeedError."""
+        with self.golden_answering(request) as answer:
+            return answer
+
+    def golden_answering(self, request: Golden) -> Lease[Answer]:
+        """Outputs for the synthetic images, whose bytes count until the lease is released. Raises FeedError."""
         with self._counted():
+            self._refuse_draining()
             self._same_instance(request.instance)
             absent = sorted(set(request.pairs) - set(self.producer.pairs))
             if absent:
                 raise FeedError("bad_request", f"pairs: pair {absent[0]} is not served; this server has {sorted(self.producer.pairs)}")
-            with self.producer.turns:
-                return golden_answer(self.producer.parts, request)
+            # Of no client: a trainer that greets holds no answer yet, and a Golden does not say whose it is.
+            admitted = self._admission.admit(None, self.producer.golden_bytes(GOLDEN_IMAGES, request.pairs))
+            try:
+                with self.producer.turns:
+                    answer = golden_answer(self.producer.parts, request)
+            except BaseException:
+                admitted()
+                raise
+            self._internal_errors = 0
+            return Lease(answer, admitted)
 
     def get(self, request: GetBatch) -> Answer:
         """One micro-batch, whose bytes count until this returns: for callers in the same process. Raises FeedError."""
@@ -95,6 +115,8 @@ class TeacherService:
             except BaseException:
                 admitted()
                 raise
+            admitted.shrink(answer.num_bytes)  # what was on the way to it is the cache's now, or gone
+            self._internal_errors = 0
             self._counters.add("answers")
             self._counters.add("bytes_out", answer.num_bytes)
             return Lease(answer, admitted)
@@ -104,8 +126,9 @@ class TeacherService:
         if client:
             self._admission.refresh(client)
         draining = self._draining.is_set()
+        ready = not draining and self._internal_errors < MAX_INTERNAL_ERRORS
         return Status(
-            instance=self.instance, ready=not draining, draining=draining, in_flight=self._admission.in_flight,
+            instance=self.instance, ready=ready, draining=draining, in_flight=self._admission.in_flight,
             clients=self._admission.num_clients, endpoints=self.options.endpoints,
         )  # fmt: skip
 
@@ -135,7 +158,7 @@ class TeacherService:
         self.producer.close()
 
     def _checked_bytes(self, request: GetBatch) -> int:
-        """What to hold free for the answer, of a request that can be answered. Raises FeedError: bad_request or mismatch."""
+        """What to hold free for the answer and the work on it, of a good request. Raises FeedError: bad_request or mismatch."""
         check_stream(request, self.producer.pairs, self.options.limits)
         if request.plan != self._plan(request.layout):
             raise FeedError("mismatch", f"plan: the request has {request.plan}, this server has another for that layout; say Hello again")
@@ -148,8 +171,7 @@ class TeacherService:
                 "bad_request",
                 f"an answer of up to {num_bytes} bytes; this server sends at most {most}: ask for fewer pairs or images at once",
             )
-        # First the images are held, and then the answer.
-        return max(num_bytes, self.producer.image_bytes(request))
+        return num_bytes + self.producer.work_bytes(request)
 
     def _made(self, request: GetBatch) -> Answer:
         try:
@@ -179,6 +201,10 @@ class TeacherService:
             yield
         except FeedError as err:
             self._counters.add(f"errors_{err.code}")
+            self._internal_errors += err.code == "internal"
+            raise
+        except Exception:  # the transport makes an internal error of it
+            self._internal_errors += 1
             raise
 
     def _refuse_draining(self) -> None:

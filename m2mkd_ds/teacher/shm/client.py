@@ -43,11 +43,13 @@ class ShmConnection:
         self._closed = False
         self._max_answer_bytes = 0
         """What the server's welcome grants."""
+        self._name = ""
+        """Of the client that said hello."""
         self._buffers = ReceiveBuffers(_KEPT_BUFFERS)
 
     def hello(self, hello: Hello, deadline_s: float) -> Welcome:
         welcome = self._ask(frames.HELLO, pack(hello), frames.WELCOME, Welcome, deadline_s)
-        self._max_answer_bytes = welcome.limits.max_answer_bytes
+        self._max_answer_bytes, self._name = welcome.limits.max_answer_bytes, hello.client
         return welcome
 
     def golden(self, request: Golden, deadline_s: float) -> Answer:
@@ -57,7 +59,7 @@ class ShmConnection:
         return self._answer(frames.GET, pack(request), deadline_s, accept)
 
     def status(self, deadline_s: float) -> Status:
-        return self._ask(frames.STATUS, b"", frames.STATE, Status, deadline_s)
+        return self._ask(frames.STATUS, self._name.encode(), frames.STATE, Status, deadline_s)
 
     def close(self) -> None:
         """Calls under way end with LinkError(closed). In a forked child: let go of the parent's sockets, without a word to the server."""

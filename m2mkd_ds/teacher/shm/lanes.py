@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack, unpack_name
 from m2mkd_ds.teacher.server.service import TeacherService
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm.frames import Ready
@@ -138,9 +138,12 @@ class Lane:
         if kind == frames.HELLO:
             self._send(frames.WELCOME, pack(service.hello(unpack(Hello, body))))
         elif kind == frames.STATUS:
-            self._send(frames.STATE, pack(service.status()))
+            self._send(frames.STATE, pack(service.status(unpack_name(body))))
         elif kind == frames.GOLDEN:
-            self._hand_over(self._written(service.golden(unpack(Golden, body))))
+            with service.golden_answering(unpack(Golden, body)) as answer:
+                ready = self._written(answer)
+            del answer
+            self._hand_over(ready)
         elif kind == frames.GET:
             request = unpack(GetBatch, body)
             with self._grants.request(request.client):

@@ -24,6 +24,8 @@ from m2mkd_ds.teacher.shm.lanes import Grants, Lane
 log = logging.getLogger("m2mkd_ds")
 
 _POLL_S = 0.02
+_ROOM_S = 1.0
+"""How long an idle lane may take to end for a new one; meanwhile nobody else is let in."""
 _END_S = 2.0
 """How long threads may take to end once their sockets are shut."""
 
@@ -128,7 +130,7 @@ class ShmTransport:
         if uid != os.geteuid():
             log.warning("teacher socket %s: refused a process of user %d", self.path, uid)
             return FeedError("unauthenticated", f"this server belongs to user {os.geteuid()} and serves no other; you are {uid}")
-        if len(self._lanes) >= self._max_lanes:
+        if len(self._lanes) >= self._max_lanes and not self._end_idle_lane():
             return FeedError("retry_later", f"all {self._max_lanes} connections of this server are taken", retry_after_s=1.0)
         return None
 
@@ -156,6 +158,17 @@ class ShmTransport:
         idle = [lane for lane in self._open() if not lane.busy and lane.num_bytes]
         if idle:
             min(idle, key=lambda lane: lane.used_at).stop()
+
+    def _end_idle_lane(self) -> bool:
+        """End the lane that has been idle for longest, for a new one; False when all are at work, or it does not end in time."""
+        idle = [lane for lane in self._open() if not lane.busy]
+        if not idle:
+            return False
+        min(idle, key=lambda lane: lane.used_at).stop()
+        end = time.monotonic() + _ROOM_S
+        while len(self._lanes) >= self._max_lanes and time.monotonic() < end:
+            time.sleep(_POLL_S / 4)
+        return len(self._lanes) < self._max_lanes
 
     def _open(self) -> list[Lane]:
         with self._lock:
