@@ -133,7 +133,7 @@ class ShardIndex:
         return _read_index(str(folder), access or Access())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, (self.address, self.access, self.fingerprint)
+        return _reload, (self.address, self.access, self.fingerprint, str(self.folder))
 
     @property
     def shard_folder(self) -> Path:
@@ -177,9 +177,9 @@ class ShardIndex:
         return f"shard {redact(join(self.base, self.shards[int(row['shard'])].name))}, key {row['key'].decode()}, sample {sample}"
 
 
-def _load(address: str, access: Access, fingerprint: str = "") -> ShardIndex:
-    """With `fingerprint`, from the copy of a remote index that the process before made, without asking again."""
-    index = _read_index(address, access, fingerprint)
+def _load(address: str, access: Access, fingerprint: str = "", folder: str = "") -> ShardIndex:
+    """With `fingerprint`, from the copy of a remote index that the process before made in `folder`, without asking again."""
+    index = _read_index(address, access, fingerprint, folder)
     if not is_remote(index.base):
         _check_shard_files(index)
     elif not fingerprint and isinstance(index.files, (CachedFiles, RangeFiles)):
@@ -187,8 +187,10 @@ def _load(address: str, access: Access, fingerprint: str = "") -> ShardIndex:
     return index
 
 
-def _read_index(address: str, access: Access, fingerprint: str = "") -> ShardIndex:
-    if is_remote(address):
+def _read_index(address: str, access: Access, fingerprint: str = "", folder: str = "") -> ShardIndex:
+    if is_remote(address) and folder and (Path(folder) / INDEX_NAME).is_file():
+        path = Path(folder)
+    elif is_remote(address):
         path = local_copy(address, access, json_name=INDEX_NAME, table_name=TABLE_NAME, fingerprint=fingerprint)
     else:
         path = local_path(address)
@@ -198,9 +200,9 @@ def _read_index(address: str, access: Access, fingerprint: str = "") -> ShardInd
     return index
 
 
-def _reload(address: str, access: Access, fingerprint: str) -> ShardIndex:
-    """Load in another process, and make sure that it is still the same data."""
-    index = _load(address, access, fingerprint)
+def _reload(address: str, access: Access, fingerprint: str, folder: str) -> ShardIndex:
+    """Load in another process, which may have another environment, and make sure that it is still the same data."""
+    index = _load(address, access, fingerprint, folder)
     if index.fingerprint != fingerprint:
         raise ShardError(
             f"{redact(address)}: fingerprint is {index.fingerprint}, the run began with {fingerprint}; the shards were rewritten"

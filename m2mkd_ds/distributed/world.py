@@ -8,6 +8,7 @@ importing this file costs nothing.
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import socket
@@ -117,6 +118,7 @@ def _import_functional_collectives() -> None:
     Its functions take the group that is the default one at the time of the import as their default argument. Imported inside a
     job, they would keep that job's group alive past `shutdown`, and use it in the next job.
     """
+    importlib.import_module("torch.distributed.nn")
 
 
 def _free_port() -> int:

@@ -24,6 +24,7 @@ from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
 from m2mkd_ds.train.bad_samples import BadSampleList
 from m2mkd_ds.train.balance import add_loads, balance_routers, biased_routers
+from m2mkd_ds.train.ledger import SlotLedger
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.steps import supervised_step
 
@@ -70,7 +71,8 @@ def one_step(world: World, folder: Path, accumulation: int, precision: str = "fp
         folder=folder, stream=StreamState(seed=0, fingerprint="", order="global", position=0), max_bad_samples=0,
     )  # fmt: skip
     bad = BadSampleList(folder / "bad_samples.jsonl", cap=0, world=world, what="end_to_end", start_step=0)
-    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True, bad, loop.Fed())
+    ledger = SlotLedger(job.layout, 0, world)
+    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True, bad, loop.Fed(), ledger)
     return model, trainee
 
 

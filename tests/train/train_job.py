@@ -22,10 +22,9 @@ from m2mkd_ds.distributed.world import World, barrier, init_world, shutdown
 from m2mkd_ds.recipes import get_recipe
 from m2mkd_ds.teacher.colocated import ColocatedFeed
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
-from m2mkd_ds.train import loop, run_phase
+from m2mkd_ds.train import feeds, loop, run_phase
 from m2mkd_ds.train.context import open_run
 from m2mkd_ds.train.local_nodes import assemble, split
-from m2mkd_ds.train.phases import jobs
 from m2mkd_ds.train.steps import StepOutput
 
 MICRO_BATCH = 8
@@ -144,12 +143,12 @@ def spread(config: RunConfig, world: World, mode: str, source: Path) -> None:
 
     Batches of 179 of the 359 validation images: rank 0 has 180 of them and needs two forward passes, rank 1 one.
     """
-    original = jobs.EvalLoader
-    jobs.EvalLoader = lambda *args, **options: original(*args, **{**options, "batch_size": 179})  # type: ignore[assignment, misc]
+    original = feeds.EvalLoader
+    feeds.EvalLoader = lambda *args, **options: original(*args, **{**options, "batch_size": 179})  # type: ignore[assignment, misc]
     try:
         _spread(config, world, mode, source)
     finally:
-        jobs.EvalLoader = original  # type: ignore[misc]
+        feeds.EvalLoader = original  # type: ignore[misc]
 
 
 def _spread(config: RunConfig, world: World, mode: str, source: Path) -> None:
