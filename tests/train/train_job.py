@@ -25,6 +25,7 @@ from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import feeds, loop, run_phase
 from m2mkd_ds.train.context import open_run
 from m2mkd_ds.train.local_nodes import assemble, split
+from m2mkd_ds.train.phases import jobs
 from m2mkd_ds.train.steps import StepOutput
 
 MICRO_BATCH = 8
