@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,10 @@ from m2mkd_ds.teacher.feed import BatchRequest
 from m2mkd_ds.teacher.flight.security import ServerSecurity
 from m2mkd_ds.teacher.flight.server import FlightTransport
 from m2mkd_ds.teacher.protocol.answer_check import answer_shapes
-from m2mkd_ds.teacher.server.service import TeacherService
+from m2mkd_ds.teacher.server.produce import Producer
+from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from m2mkd_ds.teacher.shm.server import ShmTransport
-from tests.teacher.conftest import make_parts, tiny_fingerprints
+from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=2, accumulation=1, world=1)
 BATCHES, WARM_UP = 4000, 1000
@@ -42,13 +43,16 @@ def held() -> tuple[int, int]:
 
 
 @pytest.fixture(params=["flight", "shm"])
-def endpoint(request: pytest.FixtureRequest, make_service: Callable[..., TeacherService], tmp_path: Path) -> Iterator[str]:
-    service = make_service()
+def endpoint(request: pytest.FixtureRequest, tiny_config: RunConfig, tiny_index: ShardIndex, tmp_path: Path) -> Iterator[str]:
+    # Without a cache, which grows to its own bound.
+    producer = Producer(make_parts(tiny_config, tiny_index), cache_bytes=0)
+    service = TeacherService(producer, tiny_fingerprints(tiny_config, tiny_index), ServiceOptions(limits=LIMITS, max_bytes=2**28))
     is_flight = request.param == "flight"
     transport = FlightTransport(service, "127.0.0.1:0", ServerSecurity()) if is_flight else ShmTransport(service, str(tmp_path / "s"))
     transport.start()
     yield transport.endpoint
     transport.stop(1.0)
+    service.close()
 
 
 @pytest.mark.slow
