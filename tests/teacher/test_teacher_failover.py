@@ -414,7 +414,9 @@ def test_a_newcomer_that_cannot_serve_the_run_is_left_alone_while_others_serve_i
     run = list(zip(requests(), setting.expected(), strict=True))
     assert_same(feed.batch(run[0][0]), run[0][1])
     listed.write_text("a:1\nb:1\n")
-    told = {"other data": "seed: the trainer has 7, the server has 8", "other outputs": "module.1 differs by 0.5", "no token": "wrong token"}[fault]
+    told = {
+        "other data": "seed: the trainer has 7, the server has 8", "other outputs": "module.1 differs by 0.5", "no token": "wrong token",
+    }[fault]  # fmt: skip
     wait_until(lambda: told in feed._answers._keeper.describe())
     run_out(feed, setting.expected(), first=1)
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
