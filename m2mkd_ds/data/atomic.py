@@ -1,12 +1,18 @@
-"""Files of the data room that are either whole and on disk, or not there; and checksums of whole files."""
+"""Files that are either whole and on disk, or not there; folders with one writer at a time; checksums of whole files."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger("m2mkd_ds")
 
 
 class AtomicFile:
@@ -48,6 +54,24 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, in_use: Exception) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees when a process is killed. Raises `in_use` when another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise in_use from err
+        except OSError as err:
+            if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS):
+                raise
+            logger.warning("%s: this file system has no locks (%s); do not write into the folder twice at a time", folder, err.strerror)
+        yield
     finally:
         os.close(descriptor)
 

@@ -12,18 +12,14 @@ A folder begun for the same request keeps its whole shards; one begun for anothe
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds.data.atomic import AtomicFile
+from m2mkd_ds.data.atomic import AtomicFile, only_writer
 from m2mkd_ds.data.errors import ShardError
 from m2mkd_ds.data.index import FORMAT, INDEX_NAME, TABLE_NAME, ShardIndex, write_index
 from m2mkd_ds.data.order import permutation
@@ -85,7 +81,7 @@ def write_shards(
     if kept is not None:
         return kept
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_writer(folder):
+    with only_writer(folder, _in_use(folder)):
         _begin(folder, request)
         tasks = _plan(samples, folder, request, reencoder)
         done = _write_tasks(tasks, total, max(1, min(workers, _num_shards(request))), f"shards {source} -> {folder.name}")
@@ -108,7 +104,7 @@ def _keep_complete(folder: Path, request: dict[str, Any]) -> ShardIndex | None:
     if differing:
         raise ShardError(f"{folder} holds other shards, they differ in {', '.join(differing)}; remove the folder or choose another one")
     if (folder / WRITING_NAME).exists():
-        with _only_writer(folder):
+        with only_writer(folder, _in_use(folder)):
             _finish(folder)
     logger.info("%s: kept, %d samples are there already", folder, index.num_samples)
     return index
@@ -182,19 +178,5 @@ def _check_keys(folder: Path, done: Sequence[ShardDone]) -> None:
             shard_of[row.key] = part.number
 
 
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises ShardError when another process writes into it. The system frees the lock of a killed process."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise ShardError(f"{folder}: another process is writing shards into this folder; wait for it, or end it") from err
-        except OSError as err:
-            if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS):
-                raise
-            logger.warning("%s: this file system has no locks (%s); do not write into the folder twice at a time", folder, err.strerror)
-        yield
-    finally:
-        os.close(descriptor)
+def _in_use(folder: Path) -> ShardError:
+    return ShardError(f"{folder}: another process is writing shards into this folder; wait for it, or end it")

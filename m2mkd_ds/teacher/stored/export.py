@@ -10,10 +10,7 @@ export; their fingerprints are stored. A killed export loses at most the part th
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
-import os
 import shutil
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -26,7 +23,7 @@ from typing import BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from m2mkd_ds.data.atomic import AtomicFile
+from m2mkd_ds.data.atomic import AtomicFile, only_writer
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.logs import Progress, logger
 from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch
@@ -109,7 +106,7 @@ def export_logits(
     _check_pairs(producer, pairs)
     _check_positions(layout, positions, part_rows)
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    with _only_writer(out):
+    with only_writer(out, StoreError(f"{out}: another export writes into this folder; wait for it, or end it")):
         _claim(out, contents)
         finished = _finished_parts(out, contents)
         work = list(_cut(finished, positions, part_rows // layout.micro_batch_size * layout.micro_batch_size))
@@ -289,21 +286,3 @@ def _checked(answer: Answer, pair: int, contents: Contents) -> Tensor:
         told = f"the largest is {largest:.3g}, beyond fp16; use dtype bf16 or fp32" if largest < float("inf") else "the teacher is broken"
         raise StoreError(f"pair {pair}, slots {slots}: logits are not finite in {contents.dtype}: {told}")
     return stored_BV
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when a process is killed. Raises StoreError when another one holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise StoreError(f"{folder}: another export writes into this folder; wait for it, or end it") from err
-        except OSError as err:
-            if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS):
-                raise
-            logger.warning("%s: this file system has no locks (%s); do not export into the folder twice at a time", folder, err.strerror)
-        yield
-    finally:
-        os.close(descriptor)
