@@ -8,6 +8,7 @@ travel as values: what DataLoader makes of an exception in a worker has lost its
 from __future__ import annotations
 
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import chain, islice
 
@@ -41,7 +42,7 @@ class _LostPlaceError(Exception):
         self.error, self.records = error, records
 
 
-class Batches(Dataset["WorkerBatch | SampleError"]):
+class Batches(Dataset["WorkerBatch | SampleError"], ABC):
     """Micro-batches by number; asked for a `Turn`, with the images at its place of `ring`."""
 
     ring: Ring | None = None
@@ -62,8 +63,9 @@ class Batches(Dataset["WorkerBatch | SampleError"]):
         except SampleError as err:
             return err
 
+    @abstractmethod
     def _batch(self, number: int, place: Place | None) -> WorkerBatch:
-        raise NotImplementedError
+        """Raises SampleError."""
 
     def _empty_images(self, count: int, place: Place | None) -> Tensor:
         """The batch to fill; in a worker in shared memory at once, so that it is not copied on its way."""

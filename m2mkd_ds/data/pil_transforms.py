@@ -5,6 +5,8 @@ The parts and their draws come from data/transforms.py. Shape letters: C channel
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 from PIL import Image
@@ -15,7 +17,7 @@ from m2mkd_ds.data.decode import first_rows, jpeg_head, rgb_image
 from m2mkd_ds.data.transforms import FILTERS, augmented, eval_parts, train_parts
 
 
-class ImageTransform:
+class ImageTransform(ABC):
     """RGB image or image file -> normalised float32 [3, H, W], timm's pixels bit for bit.
 
     Draws from the global generators, so run it under `KeyedRandom`.
@@ -28,9 +30,9 @@ class ImageTransform:
         self._mean_C11 = torch.tensor(data.mean).view(3, 1, 1)
         self._std_C11 = torch.tensor(data.std).view(3, 1, 1)
 
+    @abstractmethod
     def framed(self, image: Image.Image) -> Image.Image:
         """The part of the image that is wanted, at its size."""
-        raise NotImplementedError
 
     def framed_file(self, data: bytes) -> Image.Image:
         """As `framed`, from a file. Raises SampleError(kind="undecodable")."""
