@@ -32,15 +32,17 @@ def teacher_parts(ctx: RunContext, phase: PhaseConfig, pairs: tuple[TeachingPair
 def run_fingerprints(ctx: RunContext, phase: PhaseConfig, pairs: tuple[TeachingPair, ...]) -> dict[str, str]:
     """What trainer and server must have in common, by field (teacher/protocol/handshake.py).
 
-    The hashes of weights are those that the finished nodes recorded, so a trainer needs no teacher module to know them.
+    The hashes of weights are those that the finished nodes recorded, so a trainer needs no teacher module to know them. Raises
+    ConfigError when the meta model, which both sides have, is not the recorded one; a server checks its teacher modules as well.
     """
+    check_files(ctx, ())
     prints = fingerprints(ctx.config, ctx.train_index, precision=ctx.precision(phase.precision), weights=_recorded(ctx, pairs))
     # Of evaluation images, which a server gives as well; `stored` logits have no use for them.
     return {**prints, "validation.shards": ctx.val_index.fingerprint, "validation.crop_pct": f"{ctx.config.data.crop_pct:g}"}
 
 
 def check_files(ctx: RunContext, pairs: tuple[TeachingPair, ...]) -> None:
-    """Raises ConfigError when a file of weights is not the one that its node recorded: a server vouches for them."""
+    """Raises ConfigError when the meta model's file, or a teacher module's of `pairs`, is not the one that its node recorded."""
     for name, sha in _recorded(ctx, pairs).items():
         where = "pretrain_meta/weights" if name == "meta" else f"split/module_{name.removeprefix('teacher.')}"
         file = ctx.root / f"{where}.safetensors"

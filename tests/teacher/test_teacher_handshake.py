@@ -22,11 +22,10 @@ from m2mkd_ds.teacher.protocol.handshake import (
     plan_digest,
     version_differences,
     versions,
-    weights_fingerprint,
 )
 from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, Limits, Welcome, pack, unpack
 from m2mkd_ds.teacher.server.service import TeacherService
-from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
+from tests.teacher.conftest import LIMITS, tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)
 
@@ -117,28 +116,6 @@ def test_an_architecture_that_computes_something_else_is_named(
     server = tiny_fingerprints(replace(tiny_config, teacher=teacher), tiny_index)
     message = refusal(prints, server)
     assert told in message and f"teacher.arch_args.{next(iter(change))}" in message
-
-
-def test_one_bit_of_one_weight_is_another_fingerprint(tiny_config: RunConfig, tiny_index: ShardIndex) -> None:
-    tensors = dict(make_parts(tiny_config, tiny_index).teachers[1].state_dict())
-    before = weights_fingerprint(tensors)
-    assert weights_fingerprint(dict(reversed(tensors.items()))) == before
-    name = "blocks.2.attn.qkv.bias"
-    changed = {**tensors, name: tensors[name].clone()}
-    changed[name].view(torch.int32)[5] ^= 1
-    assert weights_fingerprint(changed) != before
-    weights = {"meta": "m", "teacher.0": "a", "teacher.1": before, "teacher.2": "c"}
-    trainer = fingerprints(tiny_config, tiny_index, precision="fp32", weights=weights)
-    server = fingerprints(tiny_config, tiny_index, precision="fp32", weights={**weights, "teacher.1": weights_fingerprint(changed)})
-    assert refusal(trainer, server) == f"weights.teacher.1: the trainer has {before}, the server has {weights_fingerprint(changed)}"
-
-
-def test_names_dtypes_and_shapes_are_part_of_a_weights_fingerprint() -> None:
-    a = torch.zeros(2, 3)
-    seen = {weights_fingerprint(t) for t in ({"a": a}, {"b": a}, {"a": a.view(3, 2)}, {"a": a.int()}, {"a": a[:1]}, {"a": a, "b": a}, {})}
-    assert len(seen) == 7
-    assert weights_fingerprint({"a": a.t()}) == weights_fingerprint({"a": torch.zeros(3, 2)})
-    assert weights_fingerprint({"s": torch.tensor(1.0), "e": torch.empty(0)})  # 0-dim and empty ones, too
 
 
 def test_the_label_map_is_named_class_by_class_or_span_by_span(tiny_index: ShardIndex, prints: dict[str, str]) -> None:

@@ -52,17 +52,6 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, separators=(",", ":")).encode(), digest_size=16).hexdigest()
 
 
-def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b over name, dtype, shape and bytes of every tensor, in the order of names: of weights that lie in no file of their own."""
-    total = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        head = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
-        total.update(len(head).to_bytes(8, "little") + head)
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
 def fingerprints(config: RunConfig, index: ShardIndex | None, *, precision: str, weights: Mapping[str, str]) -> dict[str, str]:
     """By field, of a run as this process has it. `weights`: sha256 of `meta` and of `teacher.I`, by those names.
 
