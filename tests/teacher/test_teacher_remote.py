@@ -295,3 +295,29 @@ def test_logits_of_another_image_than_the_one_here_stop_the_run() -> None:
     assert "position 40: its image was read here and replaced by sample 6 by the teacher server" in other_images(side(), side((40, 6)))
     assert "position 40: its image was replaced by sample 6 here and read by the teacher server" in other_images(side((40, 6)), side())
     assert "replaced by sample 6 here and replaced by sample 7 by" in other_images(side((40, 6)), side((40, 7)))
+
+
+def test_a_feed_of_logits_loses_a_batch_whose_halves_replaced_other_images() -> None:
+    def half(*bad: BadSample, lost: str = "") -> TeacherBatch:
+        return TeacherBatch(
+            hidden={0: torch.zeros(1)}, teacher_logits={0: torch.ones(1)}, targets_BV=torch.zeros(1, 1), slot_ids_B=torch.tensor([40]),
+            bad=bad, lost=lost,
+        )  # fmt: skip
+
+    class Half:
+        """A feed of one batch."""
+
+        is_colocated = False
+
+        def __init__(self, batch: TeacherBatch) -> None:
+            self.batch = lambda request: batch
+
+    def joined(images: TeacherBatch, told: TeacherBatch) -> TeacherBatch:
+        request = BatchRequest(0, 0, range(40, 41), (0,), True)
+        return LogitsFeed(Half(images), Half(told)).batch(request)  # type: ignore[arg-type]
+
+    gone = BadSample("io", "shard-000000.tar", "key", 5, 40, 6, "gone")
+    good = joined(half(gone), half(gone))
+    assert (good.lost, good.bad, good.teacher_logits[0].item()) == ("", (gone,), 1.0)
+    assert "the logits are another image's" in joined(half(), half(gone)).lost and joined(half(), half(gone)).bad == (gone,)
+    assert joined(half(), half(lost="the server's disk is gone")).lost == "the server's disk is gone"

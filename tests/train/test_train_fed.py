@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from m2mkd_ds.logs import read_metrics
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
 from m2mkd_ds.train.bad_samples import BadDataError
+from m2mkd_ds.train.ledger import SlotLedgerError
 from m2mkd_ds.train.steps import StepOutput
 
 GONE = BadSample("io", "shard-000000.tar", "key-7", 7, 4, -1, "cannot read")
@@ -54,13 +56,14 @@ class CountingEngine:
 class Feed:
     """Two images a batch that say to have cost 0.05 s and one fallback; from step `lost_at` on, none."""
 
-    def __init__(self, lost_at: int, tells: bool) -> None:
-        self.lost_at, self.tells = lost_at, tells
+    def __init__(self, lost_at: int, tells: bool, twice_at: int = -1) -> None:
+        self.lost_at, self.tells, self.twice_at = lost_at, tells, twice_at
 
     def batch(self, request: BatchRequest) -> TeacherBatch:
         lost = request.step >= self.lost_at
+        slots_B = torch.tensor(request.slots) - 2 * (request.step == self.twice_at)
         return TeacherBatch(
-            hidden={0: torch.zeros(2, 3, 4, 4)}, teacher_logits={}, targets_BV=torch.ones(2, 1), slot_ids_B=torch.tensor(request.slots),
+            hidden={0: torch.zeros(2, 3, 4, 4)}, teacher_logits={}, targets_BV=torch.ones(2, 1), slot_ids_B=slots_B,
             bad=(GONE,) if lost and self.tells else (), lost="the disk is gone" if lost else "", wait_s=0.05, fallbacks=1,
         )  # fmt: skip
 
@@ -72,7 +75,9 @@ class Feed:
         """Nothing to release."""
 
 
-def make_job(world: World, folder: Path, *, lost_at: int = 99, loss: float = 1.0, tells: bool = True) -> tuple[loop.Job, CountingEngine]:
+def make_job(
+    world: World, folder: Path, *, lost_at: int = 99, loss: float = 1.0, tells: bool = True, twice_at: int = -1
+) -> tuple[loop.Job, CountingEngine]:
     engine = CountingEngine()
     trainee = loop.Trainee(
         name="end_to_end", pair=0, folder=folder, engine=cast(Any, engine), fingerprint="f",
@@ -81,7 +86,7 @@ def make_job(world: World, folder: Path, *, lost_at: int = 99, loss: float = 1.0
     phase = PhaseConfig(micro_batch_size=2, gradient_accumulation_steps=2, lr=1e-3, lr_batch=0, warmup_epochs=0, log_steps=2, eval_epochs=0)
     return loop.Job(
         phase_name="end_to_end", phase=phase, world=world, seed=0, total_steps=5, num_images=8, trainees=[trainee],
-        make_feed=lambda start: cast(Any, Feed(lost_at, tells)), evaluate=lambda trainees: {}, with_teacher=False, folder=folder,
+        make_feed=lambda start: cast(Any, Feed(lost_at, tells, twice_at)), evaluate=lambda trainees: {}, with_teacher=False, folder=folder,
         stream=StreamState(seed=0, fingerprint="", order="global", position=0), max_bad_samples=100,
     ), engine  # fmt: skip
 
@@ -111,3 +116,11 @@ def test_a_lost_batch_stops_the_job_also_without_a_damaged_sample_to_list(world:
     with pytest.raises(BadDataError, match=r"a batch could not be had at step 4: the disk is gone\. Check that"):
         loop.train(job)
     assert engine.steps == 7
+
+
+def test_slots_used_twice_stop_the_job_before_weights_are_saved(world: World, tmp_path: Path) -> None:
+    job, engine = make_job(world, tmp_path, twice_at=1)  # two micro-batches of step 1 repeat the ones before them
+    job = replace(job, phase=replace(job.phase, checkpoint_steps=2))
+    with pytest.raises(SlotLedgerError, match="steps 0 to 1 should have used 8 slots"):
+        loop.train(job)
+    assert engine.steps == 4 and not list(tmp_path.glob("checkpoints/step-*"))

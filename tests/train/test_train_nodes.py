@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from m2mkd_ds.config import ConfigError, RunConfig, apply_overrides
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.recipes import get_recipe
+from m2mkd_ds.train import nodes
 from m2mkd_ds.train.context import open_run
 from m2mkd_ds.train.nodes import (
     build_dag,
@@ -307,3 +309,14 @@ def test_only_rounding_of_what_a_teacher_elsewhere_gives_is_part_of_a_node(tmp_p
     assert rounded == {**plain, "teacher.rounding": "hidden states in int8"}
     assert describe_change(plain, rounded) == "teacher.rounding changed: none -> hidden states in int8"
     assert describe_change(rounded, plain) == "teacher.rounding changed: hidden states in int8 -> none"
+
+
+@pytest.mark.parametrize(("stored", "rounding"), [("fp16", "logits in fp16"), ("bf16", "logits in bf16"), ("fp32", None)])
+def test_logits_stored_in_16_bits_make_another_node(
+    tmp_path: Path, digits_shards: Path, monkeypatch: pytest.MonkeyPatch, stored: str, rounding: str | None
+) -> None:
+    manifest = SimpleNamespace(contents=SimpleNamespace(dtype=stored))
+    monkeypatch.setattr(nodes, "read_manifest", lambda folder: manifest if folder == Path("logits") else None)
+    config = tiny_config(tmp_path, digits_shards, "teacher.feed=replay", "teacher.replay=logits")
+    assert relevant_config(config, find_node(config, "m2mkd")).get("teacher.rounding") == rounding
+    assert "teacher.rounding" not in relevant_config(config, find_node(config, "end_to_end"))

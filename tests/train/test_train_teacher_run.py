@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from m2mkd_ds.checkpoint.store import file_sha256
-from m2mkd_ds.config import ConfigError
+from m2mkd_ds.config import ConfigError, apply_overrides
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.teacher.protocol.handshake import check_hello
@@ -77,3 +78,9 @@ def test_trainer_and_server_of_weights_that_differ_in_one_bit_do_not_come_togeth
         check_hello(hello, server, limits)
     ours, theirs = trainer["weights.teacher.1"], server["weights.teacher.1"]
     assert ours != theirs and str(refused.value) == f"weights.teacher.1: the trainer has {ours}, the server has {theirs}"
+
+
+def test_another_crop_of_evaluation_images_is_another_fingerprint(ctx: RunContext) -> None:
+    other = replace(ctx, config=apply_overrides(ctx.config, ["data.crop_pct=0.5"]))
+    ours, theirs = (run_fingerprints(each, ctx.config.m2mkd, ctx.pairs) for each in (ctx, other))
+    assert {name for name in ours if ours[name] != theirs[name]} == {"validation.crop_pct"}
