@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from m2mkd_ds.config import PHASES, ConfigError, DataConfig, RunConfig, apply_overrides, load
+from m2mkd_ds.config import PHASES, ConfigError, DataConfig, RunConfig, TeacherConfig, apply_overrides, load
 from m2mkd_ds.logs import logger
+
+
+_TEACHER_FILES = ("replay", "tls_ca", "tls_cert", "tls_key", "token_file")
+"""Fields of TeacherConfig that name a file or a folder."""
 
 
 def resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence[str]) -> RunConfig:
@@ -37,7 +41,18 @@ def resolve(config: Path | None, recipe: str, run_dir: str, overrides: Sequence[
     teacher = resolved.teacher
     if teacher.weights not in ("", "timm"):
         teacher = replace(teacher, weights=str(Path(teacher.weights).resolve()))
-    return replace(resolved, run_dir=str(folder), data=data, teacher=teacher)
+    return replace(resolved, run_dir=str(folder), data=data, teacher=_with_absolute_files(teacher))
+
+
+def _with_absolute_files(teacher: TeacherConfig) -> TeacherConfig:
+    """Ranks on other hosts, and later commands, may have another working directory."""
+
+    def endpoint(word: str) -> str:
+        kind, _, path = word.partition(":")
+        return f"{kind}:{Path(path).resolve()}" if kind in ("unix", "file") and path else word
+
+    files = {name: str(Path(getattr(teacher, name)).resolve()) for name in _TEACHER_FILES if getattr(teacher, name)}
+    return replace(teacher, endpoints=tuple(map(endpoint, teacher.endpoints)), **files)
 
 
 def _refuse_secrets(data: DataConfig) -> None:

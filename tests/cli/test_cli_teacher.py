@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from m2mkd_ds.cli.resolve import resolve
 from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
 from m2mkd_ds.train import run_phase
 from tests.cli.ended import Run
@@ -49,3 +50,15 @@ def test_settings_of_a_trainer_that_cannot_work_are_refused_with_the_config(m2mk
     assert "teacher.feed=remote needs teacher.endpoints" in train("teacher.feed=remote")
     assert "teacher.patience_s is 5 and teacher.deadline_s is 60" in train("teacher.patience_s=5")
     assert "int8 is for hidden states" in train("teacher.feed=shm", "teacher.wire_dtype=int8", "teacher.payload=logits")
+
+
+def test_files_that_a_trainer_names_are_kept_as_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("feed=remote", "endpoints=[file:servers]", "tls_ca=ca.pem", "tls_cert=a/c.pem", "tls_key=a/c.key", "token_file=/etc/token")
+    teacher = resolve(None, "tiny", "", [f"teacher.{word}" for word in words]).teacher
+    assert (teacher.endpoints, teacher.tls_ca, teacher.tls_cert) == ((f"file:{tmp_path}/servers",), f"{tmp_path}/ca.pem", f"{tmp_path}/a/c.pem")
+    assert (teacher.tls_key, teacher.token_file, teacher.replay) == (f"{tmp_path}/a/c.key", "/etc/token", "")
+    endpoints = resolve(None, "tiny", "", ["teacher.feed=shm", "teacher.endpoints=[unix:s]"]).teacher.endpoints
+    assert endpoints == (f"unix:{tmp_path}/s",)
+    plain = resolve(None, "tiny", "", ["teacher.feed=remote", "teacher.endpoints=[host:1]"]).teacher
+    assert plain.endpoints == ("host:1",) and plain.tls_ca == ""
