@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from m2mkd_ds.config import PHASES, ConfigError, DataConfig, RunConfig, TeacherConfig, apply_overrides, load
 from m2mkd_ds.logs import logger
-
 
 _TEACHER_FILES = ("replay", "tls_ca", "tls_cert", "tls_key", "token_file")
 """Fields of TeacherConfig that name a file or a folder."""
@@ -51,7 +51,7 @@ def _with_absolute_files(teacher: TeacherConfig) -> TeacherConfig:
         kind, _, path = word.partition(":")
         return f"{kind}:{Path(path).resolve()}" if kind in ("unix", "file") and path else word
 
-    files = {name: str(Path(getattr(teacher, name)).resolve()) for name in _TEACHER_FILES if getattr(teacher, name)}
+    files: dict[str, Any] = {name: str(Path(getattr(teacher, name)).resolve()) for name in _TEACHER_FILES if getattr(teacher, name)}
     return replace(teacher, endpoints=tuple(map(endpoint, teacher.endpoints)), **files)
 
 
