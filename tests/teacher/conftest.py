@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from m2mkd_ds.teacher.protocol.handshake import fingerprints
 from m2mkd_ds.teacher.protocol.wire import Limits
 from m2mkd_ds.teacher.server.produce import Producer, TeacherParts
 from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
+
+if TYPE_CHECKING:
+    from m2mkd_ds.teacher.client.remote import RemoteFeed
+    from tests.teacher.town import Setting
 
 LIMITS = Limits(max_count=64, max_answer_bytes=64 * 2**20, max_in_flight=4, heartbeat_s=1.0)
 
@@ -91,3 +96,20 @@ def make_service(tiny_config: RunConfig, tiny_index: ShardIndex) -> Iterator[Cal
     yield make
     for service in made:
         service.close()
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_config: RunConfig, tiny_index: ShardIndex) -> Setting:
+    """The tiny run with its undisturbed batches (town.py)."""
+    from tests.teacher.town import make_setting  # it imports this file
+
+    return make_setting(tiny_config, tiny_index)
+
+
+@pytest.fixture
+def open_feed(setting: Setting) -> Iterator[Callable[..., RemoteFeed]]:
+    """open_feed(town, config, ...) -> a feed; closed after the test, and no thread of it may be left."""
+    from tests.teacher.town import feeds_of
+
+    with feeds_of(setting) as make:
+        yield make

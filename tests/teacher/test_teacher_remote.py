@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -24,7 +24,6 @@ from tests.teacher.town import (
     PACE,
     Setting,
     assert_same,
-    feeds_of,
     make_setting,
     requests,
     run_out,
@@ -38,12 +37,6 @@ OpenFeed = Callable[..., RemoteFeed]
 @pytest.fixture(scope="module", params=["pil", "fast"])
 def setting(request: pytest.FixtureRequest, tiny_config: RunConfig, tiny_index: ShardIndex) -> Setting:
     return make_setting(replace(tiny_config, data=replace(tiny_config.data, decode=request.param)), tiny_index)
-
-
-@pytest.fixture
-def open_feed(setting: Setting) -> Iterator[OpenFeed]:
-    with feeds_of(setting) as make:
-        yield make
 
 
 @pytest.mark.parametrize("payload", ["hidden", "image"])

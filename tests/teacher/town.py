@@ -218,3 +218,15 @@ def run_out(feed: TeacherFeed, expected: list[TeacherBatch], first: int = 0, **f
     """Ask for everything from micro-batch `first` on, in order, and compare each with the undisturbed run."""
     for request, batch in list(zip(requests(**fields), expected, strict=True))[first:]:  # type: ignore[arg-type]
         assert_same(feed.batch(request), batch)
+
+
+class Once:
+    """True the first `times` times that it is asked about a key."""
+
+    def __init__(self, times: int = 1) -> None:
+        self._times, self._seen, self._lock = times, dict[object, int](), threading.Lock()
+
+    def __call__(self, key: object) -> bool:
+        with self._lock:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            return self._seen[key] <= self._times
