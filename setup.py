@@ -44,6 +44,11 @@ DEV_REQUIRES = [
     "xxhash>=3.5",
     "prometheus-client>=0.21",
     "trustme>=1.2",  # certificates for tests of mutual TLS
+    "onnx>=1.19",  # the extra `onnx`, with the next two
+    "onnxscript>=0.5",
+    "onnxruntime>=1.22",
+    "wandb>=0.22",  # the extras `wandb` and `trackio`
+    "trackio>=0.10",
 ]
 EXTRAS = {
     "s3": ["s3fs>=2024.6"],
@@ -51,6 +56,9 @@ EXTRAS = {
     "icons": ["resvg-py>=0.5"],
     "datasets": ["datasets>=4.0"],
     "teacher": ["pyarrow>=26", "xxhash>=3.5", "prometheus-client>=0.21"],  # pyarrow 25 leaks every Flight server (arrow 50684)
+    "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    "wandb": ["wandb>=0.22"],
+    "trackio": ["trackio>=0.10"],
 }
 
 ROOM_PACKAGES = find_packages(include=["m2mkd_ds", "m2mkd_ds.*"])
