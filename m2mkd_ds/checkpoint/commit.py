@@ -12,8 +12,6 @@ takes the token file away (removing works on a full disk, too), so no rank is le
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -24,13 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, fsync_path, read_json, write_json_atomic
+from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path, read_json
+from m2mkd_ds.checkpoint.manifest import MANIFEST, check_size, hash_files, read_manifest, verify_checkpoint, write_manifest
 
 _log = logging.getLogger("m2mkd_ds")
 
-MANIFEST = "manifest.json"
 _TOKEN = ".every-part-is-here"
-_FORMAT = 1
 _FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
 _LEFTOVER = re.compile(r"step-\d+.*\.tmp")
 
@@ -90,18 +87,6 @@ def latest_checkpoint(root: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """The record of a checkpoint whose files are all there with the right bytes. Raises StoreError naming the first that is not."""
-    path = Path(folder)
-    manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
-        _check_size(path / name, expected["bytes"])
-        if file_sha256(path / name) != expected["sha256"]:
-            raise StoreError(f"{path / name}: damaged, its SHA-256 is not the one in {MANIFEST}")
-    record: dict[str, Any] = manifest["record"]
-    return record
-
-
 def _write_together(temp: Path, write: Callable[[Path], None], is_main: bool, barrier: Callable[[], None]) -> str:
     """Steps 1 to 3. Returns the name of this attempt, the same on every rank. Every way out passes the same barriers."""
     try:
@@ -150,13 +135,7 @@ def _prepare(temp: Path) -> None:
 def _publish(temp: Path, folder: Path, step: int, record: Mapping[str, Any], attempt: str) -> None:
     """Steps 4 and 5. An earlier copy of the step steps aside under a name that `latest_checkpoint` knows, and back on failure."""
     (temp / _TOKEN).unlink()
-    files = {
-        path.relative_to(temp).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(temp.rglob("*"))
-        if path.is_file()
-    }
-    body = _as_json({"format": _FORMAT, "step": step, "attempt": attempt, "files": files, "record": dict(record)})
-    write_json_atomic(temp / MANIFEST, {**body, "sha256": _body_sha256(body)})
+    write_manifest(temp, step, record, attempt=attempt, files=hash_files(temp))
     aside = folder.with_name(folder.name + ".replaced")
     if folder.exists():
         os.rename(folder, aside)
@@ -219,41 +198,10 @@ def _step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / MANIFEST).is_file():
-        raise StoreError(f"{folder}: no {MANIFEST}, so it was never finished, or not written by this program")
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise StoreError(f"{folder / MANIFEST}: damaged, or of another version (this program reads format {_FORMAT})")
-    digest = manifest.pop("sha256", None)
-    if digest != _body_sha256(manifest):
-        raise StoreError(f"{folder / MANIFEST}: damaged, its content does not match its own SHA-256")
-    return manifest
-
-
-def _as_json(body: Mapping[str, Any]) -> Any:
-    """What reading it back will give (text keys, lists for tuples), so that the checksum written is the checksum found."""
-    try:
-        return json.loads(json.dumps(body, allow_nan=False))
-    except (TypeError, ValueError) as err:
-        raise StoreError(f"the checkpoint's record is not plain JSON data ({err})") from err
-
-
-def _body_sha256(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
-        raise StoreError(f"{path}: missing, though {MANIFEST} lists it")
-    if path.stat().st_size != expected:
-        raise StoreError(f"{path}: damaged, it has {path.stat().st_size} bytes and {MANIFEST} says {expected}")
-
-
 def _looks_whole(folder: Path) -> bool:
     try:
-        for name, expected in _read_manifest(folder)["files"].items():
-            _check_size(folder / name, expected["bytes"])
+        for name, expected in read_manifest(folder)["files"].items():
+            check_size(folder / name, expected["bytes"])
     except StoreError:
         return False
     return True
