@@ -1,10 +1,11 @@
-"""Checkpoints made by hand for tests: the state of a small model, cut for any cluster by plain tensor operations.
+"""Checkpoints made by hand for tests (and a hostile one): the state of a small model, cut for any cluster by plain tensor operations.
 
 `cut` is the oracle of the layouts: it pads, chunks and concatenates whole tensors, and knows no spans.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -87,3 +88,13 @@ def make_checkpoint(folder: Path, state: State, *, ep_size: int, data_size: int,
     record = {"step": step, "fingerprint": "f", "global_batch_size": 32, "stream": {"seed": 0}}
     write_manifest(folder, step, record, attempt="by hand", files=hash_files(folder))
     return folder
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (str(self.canary),)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from m2mkd_ds.checkpoint.rank_files import RankFiles
 from m2mkd_ds.checkpoint.safetensors_stream import TensorFile, file_order, info_of, write_stream
 from m2mkd_ds.checkpoint.store import StoreError, save_weights
+from tests.checkpoint.checkpoint_maker import Bomb
 
 TYPES = (
     torch.float64,
@@ -92,16 +92,6 @@ def test_a_file_cut_short_at_any_place_is_refused_or_read_right(tmp_path: Path) 
     path.write_bytes(data[:-4])  # it shrinks while somebody reads it
     with pytest.raises(StoreError, match="it ends before its last tensor does"):
         file.read("w")
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> object:
-        return os.mkdir, (str(self.canary),)
 
 
 @pytest.mark.parametrize("writer", ["pickle", "torch"])
