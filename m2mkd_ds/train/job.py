@@ -19,6 +19,7 @@ from m2mkd_ds.teacher.feed import TeacherBatch, TeacherFeed
 from m2mkd_ds.train.balance import biased_routers
 from m2mkd_ds.train.evaluate import Score
 from m2mkd_ds.train.steps import StepOutput
+from m2mkd_ds.train.stopping import StopFlag
 
 
 @dataclass
@@ -72,6 +73,8 @@ class Job:
     max_bad_samples: int
     """Different damaged samples that are replaced before the job stops (`bad_samples.resolve_cap`)."""
     tensorboard: bool = False
+    stop: StopFlag = field(default_factory=StopFlag)
+    """Set when this process is asked to stop; one rank's is enough."""
 
     @property
     def layout(self) -> BatchLayout:

@@ -63,9 +63,14 @@ def run_evaluation(
     *,
     in_step: bool = False,
 ) -> dict[str, Score]:
-    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
+    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks.
+
+    Raises EvaluationAbandoned, on every rank, when any was asked to stop meanwhile.
+    """
     with closing(evaluation_loader(ctx, batch_size=256)) as loader:
-        return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
+        return evaluate(
+            prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step, stop=ctx.stop
+        )  # fmt: skip
 
 
 def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
@@ -132,6 +137,7 @@ def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.M
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
+        stop=ctx.stop,
     )
 
 
@@ -188,6 +194,7 @@ def pair_job(
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
+        stop=ctx.stop,
     )  # fmt: skip
 
 
