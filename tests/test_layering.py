@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": set(),
     "moe": set(),
     "models": {"moe"},
-    "distributed": {"moe"},
+    "distributed": {"moe", "checkpoint.layout", "checkpoint.rank_files"},
     "checkpoint": {"models"},
     "distill": {"models", "checkpoint.mapping"},
     "teacher": {"distill", "models", "data", "checkpoint.mapping"},
