@@ -17,6 +17,7 @@ import pytest
 # room -> what it may import besides itself, `config` and `logs`; a dotted entry opens that one file only.
 MAY_IMPORT = {
     "config": set(),
+    "checkpoint_config": set(),
     "data_config": set(),
     "phase_config": set(),
     "router_config": set(),
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
-OPEN_TO_ALL = {"config", "data_config", "phase_config", "router_config", "teacher_config", "logs"}
+OPEN_TO_ALL = {"config", "checkpoint_config", "data_config", "phase_config", "router_config", "teacher_config", "logs"}
 
 # third party -> the files or folders that may import it.
 DOORS = {

@@ -7,7 +7,6 @@ that a job for each of them would give.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,10 @@ from m2mkd_ds.train.bad_samples import FILE_NAME, BadSampleList, lists_of_phase
 from m2mkd_ds.train.balance import Loads, add_loads, balance_routers
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.ledger import SlotLedger
-from m2mkd_ds.train.resume import resume, save
-from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
+from m2mkd_ds.train.micro_seed import seed_micro_batch
+from m2mkd_ds.train.resume import resume
+from m2mkd_ds.train.saving import Saver
+from m2mkd_ds.train.schedule import scaled_lr
 
 
 class NonFiniteLossError(RuntimeError):
@@ -67,11 +68,14 @@ def train(job: Job) -> None:
         others=lists_of_phase(job.folder),
     )  # fmt: skip
     feed = job.make_feed(start)
+    saver = Saver(job)
     try:
-        _run_steps(job, feed, start, bad)
+        _run_steps(job, feed, start, bad, saver)
+        saver.wait()
         if bad.total:
             logger.warning("%s: %d damaged samples were replaced (%s); list: %s", job.phase_name, bad.total, bad.summary(), bad.file)
     finally:
+        saver.close()
         feed.close()
         bad.close()
         for trainee in job.trainees:
@@ -79,7 +83,7 @@ def train(job: Job) -> None:
                 trainee.metrics.close()
 
 
-def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> None:
+def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, saver: Saver) -> None:
     eval_every = _steps_between_evaluations(job)
     began = clock = time.monotonic()
     since_log, fed = 0, Fed()
@@ -89,7 +93,7 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
             # A trainee that was trained further elsewhere waits until the others have caught up.
             active = [trainee for trainee in job.trainees if trainee.step == step]
             log = step % job.phase.log_steps == 0 or step + 1 == job.total_steps
-            _train_step(job, feed, active, step, log, bad, fed, ledger)
+            _train_step(job, feed, active, step, log, bad, fed, ledger, saver)
             since_log += job.global_batch_size
             if log:
                 now = time.monotonic()
@@ -98,30 +102,39 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
                     trainee.pending |= {"data/wait_share": fed.wait_s / (now - clock), "data/fallbacks": fed.fallbacks, **of_feed}
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
                     trainee.pending["data/fallbacks"] = round(trainee.pending["data/fallbacks"] * job.world.size)
-                    trainee.pending.update(lr=_learning_rate(job, step), images_per_second=since_log / (now - clock), time_s=now - began)
+                    trainee.pending.update(lr=job.learning_rate(step), images_per_second=since_log / (now - clock), time_s=now - began)
                     trainee.pending["data/bad_samples"] = bad.total
                 clock, since_log, fed = now, 0, Fed()
             done = step + 1
-            is_saved = done % job.phase.checkpoint_steps == 0 or done == job.total_steps
+            is_evaluated = done == job.total_steps or (eval_every > 0 and done % eval_every == 0)
+            is_saved = saver.is_due(done, is_evaluated=is_evaluated)
             if is_saved or _ends_epoch(job, done):
                 ledger.check(done)  # before the weights are saved: a checkpoint holds none that were trained otherwise
-            if done == job.total_steps or (eval_every and done % eval_every == 0):
+            if is_evaluated:
                 _evaluate(job, active)
                 clock, since_log, fed = time.monotonic(), 0, Fed()  # throughput is that of training alone
             for trainee in active:
                 if trainee.metrics is not None and trainee.pending:
                     trainee.metrics.write({"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending})
                 if is_saved:
-                    save(trainee, job)
+                    saver.save(trainee, score=trainee.pending.get("eval/top1"))
             bar.advance(note=_note(active))
 
 
 def _train_step(
-    job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList, fed: Fed, ledger: SlotLedger
+    job: Job,
+    feed: TeacherFeed,
+    active: list[Trainee],
+    step: int,
+    log: bool,
+    bad: BadSampleList,
+    fed: Fed,
+    ledger: SlotLedger,
+    saver: Saver,
 ) -> None:
     """One optimizer step of every active trainee: accumulate micro-batches, agree that all losses are finite and the data good, step."""
     phase, world, layout = job.phase, job.world, job.layout
-    lr = _learning_rate(job, step)
+    lr = job.learning_rate(step)
     found: list[BadSample] = []
     lost = ""
     losses: list[tuple[str, range, Tensor]] = []
@@ -144,7 +157,7 @@ def _train_step(
             if trainee.routers:
                 loads[trainee.name] = add_loads(loads[trainee.name], output.load)
         if last:
-            _agree(losses, found, lost, step, world, bad)
+            _agree(losses, found, lost, step, world, bad, saver)
         for trainee in active:
             grad_norm = trainee.engine.step(lr)
             if last:
@@ -178,13 +191,16 @@ def _after_optimizer_step(trainee: Trainee, step: int, grad_norm: float | None) 
 
 
 def _agree(
-    losses: list[tuple[str, range, Tensor]], found: list[BadSample], lost: str, step: int, world: World, bad: BadSampleList
+    losses: list[tuple[str, range, Tensor]], found: list[BadSample], lost: str, step: int, world: World, bad: BadSampleList, saver: Saver
 ) -> None:
     """Before the optimizer step, in one sum over the ranks: did any see a NaN or infinite loss (trainee, slots, loss), damaged samples,
-    or a lost batch? Then every rank raises, or records them."""
+    a lost batch, or an earlier checkpoint fail? Then every rank raises, or records them."""
     bad_losses = ~torch.isfinite(torch.stack([loss for _, _, loss in losses]))
-    counts = torch.stack([bad_losses.sum(), torch.full_like(bad_losses[0], len(found) + bool(lost), dtype=torch.int64)])
-    not_finite, damaged = all_reduce_sum(counts.to(world.device)).tolist()  # the step's one host sync
+    of_host = torch.tensor([len(found) + bool(lost), saver.has_failed()], dtype=torch.int64, device=bad_losses.device)
+    counts = torch.cat([bad_losses.sum().unsqueeze(0), of_host])
+    not_finite, damaged, unsaved = all_reduce_sum(counts.to(world.device)).tolist()  # the step's one host sync
+    if unsaved:
+        saver.raise_failure()
     if damaged:
         bad.add(step + 1, found, lost)
     if not_finite:
@@ -194,24 +210,6 @@ def _agree(
                 here.setdefault(name, []).extend(slots)
         where = "; ".join(f"{name}: slots {slots}" for name, slots in here.items()) or "on another rank"
         raise NonFiniteLossError(f"loss is NaN or infinite at step {step} ({where}); no weight was changed in this step")
-
-
-def seed_micro_batch(seed: int, phase: str, pair: int, first_slot: int) -> None:
-    """Make drop-path (and router noise) a function of (seed, phase, pair, slots), never of rank, resume or company."""
-    digest = hashlib.blake2b(f"{seed}/{phase}/{pair}/{first_slot}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _learning_rate(job: Job, step: int) -> float:
-    phase = job.phase
-    return lr_at(
-        step,
-        total_steps=job.total_steps,
-        warmup_steps=num_warmup_steps(phase, job.num_images, job.global_batch_size),
-        peak=scaled_lr(phase, job.global_batch_size),
-        min_lr=phase.min_lr,
-        warmup_lr=phase.warmup_lr,
-    )
 
 
 def _ends_epoch(job: Job, done: int) -> bool:
