@@ -82,16 +82,32 @@ def begin(root: Path, step: int, ranks: Ranks) -> Attempt:
 
 def complete(attempt: Attempt, write: Write, record: Mapping[str, Any], config: CheckpointConfig, deadline: Deadline) -> None:
     """All that follows `begin`; no collective. Raises StoreError when any rank fails, or is not heard of before the deadline."""
-    with failing_for_all(attempt), _clear_errors(attempt.folder):
-        write_part(attempt, write)
-        if attempt.ranks.rank == 0:
+    if attempt.ranks.rank == 0:
+        with failing_for_all(attempt), _clear_errors(attempt.folder):
+            write_part(attempt, write)
             deadline.restart()
             publish(attempt, record, deadline)
-    if attempt.ranks.rank == 0:
         _settle(attempt, config)
     else:
-        deadline.restart(times=2)  # rank 0 may begin to wait when this rank has waited already
+        _take_part(attempt, write, deadline)
+
+
+def _take_part(attempt: Attempt, write: Write, deadline: Deadline) -> None:
+    """The share of another rank than the main one."""
+    failure: StoreError | None = None
+    try:
+        with failing_for_all(attempt), _clear_errors(attempt.folder):
+            write_part(attempt, write)
+    except StoreError as err:
+        failure = err
+    deadline.restart(times=2)  # rank 0 may begin to wait when this rank has waited already
+    try:
         await_end(attempt, deadline)
+    except StoreError as err:
+        raise failure or err from None
+    if failure is not None:
+        # The main rank had read the part before its writer found fault with it. All that it lists was on the disk by then.
+        _log.warning("%s: saved all the same: %s", attempt.folder, failure)
 
 
 @contextmanager
@@ -247,7 +263,12 @@ def _leave_failure(attempt: Attempt, reason: str) -> None:
             return
         except StoreError as err:
             _log.warning("%s: the other ranks cannot be told why it failed (%s)", attempt.temp, err)
-    shutil.rmtree(attempt.temp, ignore_errors=True)
+    # That it is gone tells them as well. Renamed first: while others write there, a folder cannot be emptied for good.
+    doomed = attempt.temp.with_name(attempt.temp.name + ".tmp")
+    with suppress(OSError):
+        os.rename(attempt.temp, doomed)
+    for folder in (doomed, attempt.temp):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_finished_parts(attempt: Attempt) -> None:

@@ -37,11 +37,11 @@ def to_delete(newest: Path, config: CheckpointConfig) -> list[Path]:
     """The folders beside `newest` that may go, oldest first."""
     found = committed(newest.parent)
     step_of = {folder: step for step, folder in found}
-    last = _last(newest, [folder for _, folder in found], config.keep_last)
+    replaced = {folder for step, folder in found if is_replaced(folder) and step == step_of[newest]}
+    last = _last(newest, [folder for _, folder in found if folder not in replaced], config.keep_last)
     oldest = min(step_of[folder] for folder in last)
     kept = last | {folder for step, folder in found if config.keep_every and step % config.keep_every == 0 and not is_replaced(folder)}
     kept |= _best([folder for folder in step_of if not is_replaced(folder)], config.keep_best)
-    replaced = {folder for step, folder in found if is_replaced(folder) and step == step_of[newest]}
     return [folder for step, folder in found if folder in replaced or (step < oldest and folder not in kept)]
 
 

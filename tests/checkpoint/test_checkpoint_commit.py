@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from m2mkd_ds.checkpoint.commit import Write
 from m2mkd_ds.checkpoint.manifest import FileRecord, hash_files, read_manifest
 from m2mkd_ds.checkpoint.store import StoreError, commit_checkpoint, latest_checkpoint, save_weights, verify_checkpoint, write_json_atomic
 from m2mkd_ds.checkpoint_config import CheckpointConfig
+from tests.checkpoint.faulty_disk import folder_in_memory
 
 
 def writer(value: int) -> Write:
@@ -112,6 +113,28 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
     assert "checkpoint skipped" in caplog.text and "step-00000020" in caplog.text
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink()])
+def test_every_file_flipped_shortened_or_deleted_is_named_and_the_checkpoint_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
+) -> None:
+    together(tmp_path, 5, [part(0), part(1)])
+    for name in ("manifest.json", "part0.safetensors", "part1.safetensors"):
+        together(tmp_path, 6, [part(0), part(1)])
+        caplog.clear()
+        damage(tmp_path / "step-00000006" / name)
+        with caplog.at_level(logging.WARNING, "m2mkd_ds"):
+            found = latest_checkpoint(tmp_path)
+        assert found is not None and found[0].name == "step-00000005"
+        assert "checkpoint skipped" in caplog.text and "step-00000006" in caplog.text and name in caplog.text
+        assert names(tmp_path / "step-00000005") == ["manifest.json", "part0.safetensors", "part1.safetensors"]
+
+
 def test_only_broken_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     (save(tmp_path, 10, 1) / "weights.bin").unlink()
     with pytest.raises(StoreError, match=r"no checkpoint is usable .*weights\.bin: missing.*start again from step 0"):
@@ -124,6 +147,12 @@ def test_a_half_written_folder_is_not_a_checkpoint_and_is_cleared(tmp_path: Path
     assert latest_value(tmp_path) == (10, 1)
     save(tmp_path, 30, 3)
     assert names(tmp_path) == ["step-00000010", "step-00000030"]
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    with folder_in_memory() as folder:
+        yield folder
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -170,21 +199,20 @@ def cut() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("way", ["killed", "raised"])
 @pytest.mark.parametrize("same_step", [False, True])
-def test_stopped_before_any_file_operation_the_old_or_the_new_checkpoint_is_whole(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str, same_step: bool
+def test_interrupted_before_any_file_operation_the_old_or_the_new_checkpoint_is_whole(
+    memory_path: Path, caplog: pytest.LogCaptureFixture, same_step: bool
 ) -> None:
-    stop = (lambda: os._exit(9)) if way == "killed" else cut
+    """One rank, with the clean-up that an exception gets; kills and disk errors: test_checkpoint_commit_faults.py."""
     new = (20, 3) if same_step else (30, 3)
     finished, seen = False, set()
     for count in range(1, 500):
-        root = tmp_path / str(count)
+        root = memory_path / str(count)
         save(root, 10, 1)
         save(root, 20, 2)
 
         def work(root: Path = root, count: int = count) -> None:
-            stop_at(count, stop)
+            stop_at(count, cut)
             save(root, new[0], new[1])
 
         finished = in_child(work) == 0
