@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "phase_config": set(),
     "router_config": set(),
     "teacher_config": set(),
+    "watch_config": set(),
     "logs": set(),
     "recipes": set(),
     "data": set(),
@@ -38,7 +39,9 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
-OPEN_TO_ALL = {"config", "checkpoint_config", "data_config", "phase_config", "router_config", "teacher_config", "logs"}
+OPEN_TO_ALL = {
+    "config", "checkpoint_config", "data_config", "phase_config", "router_config", "teacher_config", "watch_config", "logs",
+}  # fmt: skip
 
 # third party -> the files or folders that may import it.
 DOORS = {

@@ -20,6 +20,7 @@ from m2mkd_ds.train.balance import biased_routers
 from m2mkd_ds.train.evaluate import Score
 from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
 from m2mkd_ds.train.steps import StepOutput
+from m2mkd_ds.train.stopping import StopFlag
 
 
 @dataclass
@@ -77,6 +78,8 @@ class Job:
     """How checkpoints are written, and which stay."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Recipe, data and inputs, for the record of checkpoints."""
+    stop: StopFlag = field(default_factory=StopFlag)
+    """Set when this process is asked to stop; one rank's is enough."""
 
     @property
     def layout(self) -> BatchLayout:

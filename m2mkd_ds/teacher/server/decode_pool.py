@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import queue
-import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.shards.processes import end_with_parent
-from m2mkd_ds.data.worker_start import worker_context
+from m2mkd_ds.data.worker_start import ignore_stop_signals, worker_context
 from m2mkd_ds.data_config import check_mixing
 
 log = logging.getLogger("m2mkd_ds")
@@ -283,8 +282,8 @@ class _Worker:
 def _work(jobs: Connection, stream: Stream) -> None:
     """The worker's process: until the other end of its pipe is closed."""
     end_with_parent()
-    # Ctrl-C goes to the whole group; the server ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C goes to the whole group, a service manager's SIGTERM to all of its processes; the server ends its workers itself.
+    ignore_stop_signals()
     torch.set_num_threads(1)
     batches = LayoutBatches(stream)
     memory = torch.empty(0, dtype=torch.uint8)

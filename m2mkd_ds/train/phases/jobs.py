@@ -64,9 +64,14 @@ def run_evaluation(
     *,
     in_step: bool = False,
 ) -> dict[str, Score]:
-    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
+    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks.
+
+    Raises EvaluationAbandoned, on every rank, when any was asked to stop meanwhile.
+    """
     with closing(evaluation_loader(ctx, batch_size=256)) as loader:
-        return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
+        return evaluate(
+            prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step, stop=ctx.stop
+        )  # fmt: skip
 
 
 def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
@@ -135,6 +140,7 @@ def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.M
         tensorboard=ctx.config.tensorboard,
         checkpoint=ctx.config.checkpoint,
         lineage=lineage(ctx, node, None),
+        stop=ctx.stop,
     )
 
 
@@ -193,6 +199,7 @@ def pair_job(
         tensorboard=ctx.config.tensorboard,
         checkpoint=ctx.config.checkpoint,
         lineage=lineage(ctx, node, None),
+        stop=ctx.stop,
     )  # fmt: skip
 
 
