@@ -44,6 +44,10 @@ class Committer:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._thread.submit(self._complete, attempt, write, record)
 
+    def is_busy(self) -> bool:
+        """Whether a save is under way; does not wait."""
+        return self._pending is not None and not self._pending.done()
+
     def has_failed(self) -> bool:
         """Whether this rank knows that the save under way has failed; does not wait. `wait` then raises, on every rank."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
