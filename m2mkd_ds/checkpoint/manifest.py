@@ -1,6 +1,6 @@
 """The manifest of a checkpoint folder: which files belong to it, with sizes and SHA-256, and the record of what it is.
 
-    manifest.json = {format, step, attempt, files: {name: {bytes, sha256}}, record, sha256 (of all the rest)}
+    manifest.json = {format, step, attempt, files: {name: {bytes, sha256}}, parts: {rank: names}, record, sha256 (of all the rest)}
 
 It is written last: a folder without one was never finished (`commit.py`). Whoever has written a file and hashed it meanwhile brings its
 `FileRecord` along, so that no file is read again only to be hashed.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +35,23 @@ def hash_files(folder: Path) -> dict[str, FileRecord]:
     return {path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, file_sha256(path)) for path in found}
 
 
-def write_manifest(folder: Path, step: int, record: Mapping[str, Any], *, attempt: str, files: Mapping[str, FileRecord]) -> None:
-    """Write `folder`/manifest.json, whole or not at all; `attempt` names the save that made the folder.
+def write_manifest(
+    folder: Path,
+    step: int,
+    record: Mapping[str, Any],
+    *,
+    attempt: str,
+    files: Mapping[str, FileRecord],
+    parts: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write `folder`/manifest.json, whole or not at all; `attempt` names the save that made the folder, `parts` says which rank wrote what.
 
     Raises StoreError for a record that is not plain JSON data, and for a full disk.
     """
     listed = {name: {"bytes": files[name].bytes, "sha256": files[name].sha256} for name in sorted(files)}
-    body = _as_json({"format": FORMAT, "step": step, "attempt": attempt, "files": listed, "record": dict(record)})
+    body = _as_json(
+        {"format": FORMAT, "step": step, "attempt": attempt, "files": listed, "parts": dict(parts or {}), "record": dict(record)}
+    )
     write_json_atomic(folder / MANIFEST, {**body, "sha256": _body_sha256(body)})
 
 

@@ -26,6 +26,7 @@ from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.evaluate import Output, Score, evaluate
 from m2mkd_ds.train.feeds import FeedPlan, evaluation_loader, make_feed
 from m2mkd_ds.train.job import Job, Trainee
+from m2mkd_ds.train.lineage import lineage
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.schedule import num_steps
@@ -137,6 +138,8 @@ def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.M
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
+        checkpoint=ctx.config.checkpoint,
+        lineage=lineage(ctx, node, None),
         stop=ctx.stop,
     )
 
@@ -194,6 +197,8 @@ def pair_job(
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
+        checkpoint=ctx.config.checkpoint,
+        lineage=lineage(ctx, node, None),
         stop=ctx.stop,
     )  # fmt: skip
 
