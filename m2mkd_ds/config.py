@@ -109,7 +109,11 @@ class LaunchConfig:
     num_gpus: int = 0
     """Ranks on this host (CPU ranks too); 0 leaves it to the launcher (all GPUs, or one CPU rank)."""
     hostfile: str = ""
-    """Hostfile of a cluster; empty for this host alone."""
+    """Hostfile of a cluster (scripts/hostfile.example), reached over ssh by pdsh; empty for this host alone."""
+    master_addr: str = ""
+    """Address of the first host of the hostfile as the others reach it; empty: what its name stands for here."""
+    collective_timeout_s: float = 600.0
+    """A collective that waits longer fails, in seconds: how soon a job notices a host that is cut off."""
     extra: tuple[str, ...] = ()
     """Further launcher flags, word by word."""
     threads_per_rank: int = 1
@@ -187,7 +191,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     **{f"teacher.{field}": limits for field, limits in TEACHER_LIMITS.items()},
     "student.embed_dim": (1, inf), "student.num_heads": (1, inf), "student.patch_size": (1, inf), "student.mlp_ratio": (0.01, inf),
     "student.moe.placement_n": (1, inf), "student.moe.num_experts": (1, inf), "launch.num_gpus": (0, inf),
-    "launch.threads_per_rank": (1, inf), "meta.align_weight": (0, inf),
+    "launch.threads_per_rank": (1, inf), "launch.collective_timeout_s": (1, inf), "meta.align_weight": (0, inf),
 }  # fmt: skip
 """Smallest and largest allowed value by dotted field."""
 

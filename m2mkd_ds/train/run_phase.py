@@ -44,7 +44,7 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
     under the launcher and without it (one rank). Raises ConfigError before compute is spent.
     """
     check_phases(config, names)
-    world = init_world()
+    world = init_world(config.launch.collective_timeout_s)
     setup_logging(world.rank)
     check_settings(open_run(config, world, images=any(needs_images(config.teacher, name) for name in names)), names)
     for name in names:
