@@ -29,7 +29,7 @@ def interface_towards(master_addr: str, *, spans_hosts: bool) -> str | None:
         return None
     local = local_address_towards(master_addr)
     if ipaddress.ip_address(local).is_loopback and spans_hosts:
-        others = [name for name, known in addresses.items() if not all(ipaddress.ip_address(a).is_loopback for a in known)]
+        others = [name for name, known in addresses.items() if any(_is_for_others(address) for address in known)]
         if len(others) == 1:
             return others[0]
         raise ValueError(
@@ -37,6 +37,11 @@ def interface_towards(master_addr: str, *, spans_hosts: bool) -> str | None:
             f"interfaces are {', '.join(others) or 'none'}: give an address of it that the others reach, or set GLOO_SOCKET_IFNAME here"
         )
     return next((name for name, known in addresses.items() if local in known), None)
+
+
+def _is_for_others(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return not parsed.is_loopback and not parsed.is_link_local
 
 
 def local_address_towards(host: str) -> str:
