@@ -122,8 +122,9 @@ def test_all_expert_paths_give_the_same_bits_and_unknown_ones_are_refused(tmp_pa
     folder = export(model, tmp_path / "out")
     for backend in ("auto", "grouped", "loop"):
         assert torch.equal(logits(auto(folder, expert_backend=backend)), logits(model)), backend
-    with pytest.raises(ValueError, match="expert_backend is 'fast'; allowed is auto, grouped or loop"):
+    torch.testing.assert_close(logits(auto(folder, expert_backend="dense")), logits(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expert_backend is 'fast'; allowed is auto, grouped, loop or dense"):
         logits(auto(folder, expert_backend="fast"))
     odd = make_model(dataclasses.replace(ARCH, backend="reference", embed_dim=30, num_heads=3))
-    with pytest.raises(ValueError, match="expert_backend=grouped cannot run .* widths 30 and 60; use loop"):
+    with pytest.raises(ValueError, match="expert_backend=grouped cannot run .* widths 30 and 60; use loop or dense"):
         logits(auto(export(odd, tmp_path / "odd"), expert_backend="grouped"))

@@ -42,7 +42,7 @@ class VMoEExperts(nn.Module):
         experts_R, order_R = sorted_N[:max_rows].clamp(max=num_experts - 1), order_N[:max_rows]
         # Rows at the end may be nobody's.
         owned_R1 = None if max_rows is None else torch.arange(len(order_R), device=order_R.device)[:, None] < ends_E[-1]
-        layout = (experts_R, ends_E, owned_R1, self._use_grouped(dtype))
+        layout = (experts_R, ends_E, owned_R1, self._path(dtype))
         rows = x_TD.to(dtype).index_select(0, order_R // ids_TK.shape[1])
         rows = self._activate(self._linear(rows, self.up_proj.to(dtype), self.up_proj_bias.to(dtype), *layout))
         rows = self._linear(rows, self.down_proj.to(dtype), self.down_proj_bias.to(dtype), *layout)
@@ -62,24 +62,30 @@ class VMoEExperts(nn.Module):
 
     @staticmethod
     def _linear(
-        rows: Tensor, weight: Tensor, bias: Tensor, experts_R: Tensor, ends: Tensor, owned_R1: Tensor | None, grouped: bool
+        rows: Tensor, weight: Tensor, bias: Tensor, experts_R: Tensor, ends: Tensor, owned_R1: Tensor | None, path: str
     ) -> Tensor:
         """Each row times its expert's weight^T, plus its expert's bias; zero for nobody's rows."""
-        if not grouped:
+        if path == "loop":
             stops = ends.tolist()
             pieces = zip([0, *stops[:-1]], stops, weight.unbind(0), bias.unbind(0), strict=True)
             owned = torch.cat([rows[start:stop] @ w.t() + b for start, stop, w, b in pieces])
             return F.pad(owned, (0, 0, 0, len(rows) - stops[-1]))
+        if path == "dense":
+            out = rows.new_zeros(rows.shape[0], weight.shape[1])
+            for e, (w, b) in enumerate(zip(weight.unbind(0), bias.unbind(0), strict=True)):
+                out = torch.where((experts_R == e)[:, None], rows @ w.t() + b, out)
+            return out if owned_R1 is None else torch.where(owned_R1, out, 0)
         # The operator leaves nobody's rows uninitialised, forward and backward: masks on both sides keep NaN out.
         rows = rows if owned_R1 is None else torch.where(owned_R1, rows, 0)
         out = _grouped_mm()(rows, weight.transpose(-2, -1), offs=ends.to(torch.int32)) + bias[experts_R]
         return out if owned_R1 is None else torch.where(owned_R1, out, 0)
 
-    def _use_grouped(self, dtype: torch.dtype) -> bool:
-        if self.backend not in ("auto", "grouped", "loop"):
-            raise ValueError(f"expert_backend is {self.backend!r}; allowed is auto, grouped or loop")
-        if self.backend == "loop":
-            return False
+    def _path(self, dtype: torch.dtype) -> str:
+        """How the experts are computed here: grouped, loop or dense."""
+        if self.backend not in ("auto", "grouped", "loop", "dense"):
+            raise ValueError(f"expert_backend is {self.backend!r}; allowed is auto, grouped, loop or dense")
+        if self.backend in ("loop", "dense"):
+            return self.backend
         _, d, hidden = self.down_proj.shape
         multiple = 16 // dtype.itemsize  # every stride must be a multiple of 16 bytes
         device = self.up_proj.device
@@ -89,10 +95,15 @@ class VMoEExperts(nn.Module):
             and d % multiple == 0
             and hidden % multiple == 0
             and (device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)))
+            # The operator computes float32, but refuses to be traced with it.
+            and not (dtype == torch.float32 and torch.compiler.is_compiling())
         )
         if self.backend == "grouped" and not able:
-            raise ValueError(f"expert_backend=grouped cannot run for {dtype} on {device} with widths {d} and {hidden}; use loop")
-        return able
+            raise ValueError(
+                f"expert_backend=grouped cannot run for {dtype} on {device} with widths {d} and {hidden}"
+                f"{', compiled' if torch.compiler.is_compiling() else ''}; use loop or dense"
+            )
+        return "grouped" if able else "loop"
 
 
 def _grouped_mm():  # type: ignore[no-untyped-def]
