@@ -105,7 +105,7 @@ def load_exported(folder: Path) -> Exported:
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     tensors = {name: t.float() for shard in shards for name, t in read_weights(folder / shard).items()}
     _check_names(tensors, parameter_shapes(arch, StageSpan.whole(arch.num_blocks), stitches=stitches), str(folder))
-    return Exported(tensors, arch, stitches, _data_from_processor(read_json(folder / "preprocessor_config.json"), arch.num_classes))
+    return Exported(tensors, arch, stitches, data_from_processor(read_json(folder / "preprocessor_config.json"), arch.num_classes))
 
 
 def verify_manifest(folder: Path) -> None:
@@ -202,7 +202,7 @@ def processor_config(data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _data_from_processor(processor: Mapping[str, Any], num_classes: int) -> DataConfig:
+def data_from_processor(processor: Mapping[str, Any], num_classes: int) -> DataConfig:
     """The inverse of `processor_config`; crop_pct is one that leads to the same resize."""
     size, edge = processor["crop_size"]["height"], processor["size"]["shortest_edge"]
     crop_pct = size / edge
