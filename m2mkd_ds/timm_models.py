@@ -10,7 +10,8 @@ timm loads `checkpoint_path` only after it has built the model, so the path alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,15 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from m2mkd_ds.checkpoint.atomic import read_json
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.student_files import StudentFiles, open_student
-from m2mkd_ds.config import DataConfig
-from m2mkd_ds.models.timm_vmoe import TimmVMoE
+from m2mkd_ds.checkpoint.timm_export import input_cfg, write_timm_folder
+from m2mkd_ds.models.timm_vmoe import TimmVMoE, arch_to_dict
 from m2mkd_ds.models.vmoe import VMoEArch, arch_from_config
 
-__all__ = ["create_model", "m2mkd_vmoe", "pretrained_cfg_of"]
+__all__ = ["create_model", "export_student", "m2mkd_vmoe"]
 
 NAME = "m2mkd_vmoe"
 
 default_cfgs = generate_default_cfgs({NAME: {"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}})
-
-
-def pretrained_cfg_of(data: DataConfig, class_names: Sequence[str] = ()) -> dict[str, Any]:
-    """timm's description of inputs and head, as in the evaluation that this project measures with."""
-    cfg: dict[str, Any] = {
-        "architecture": NAME,
-        "input_size": (3, data.image_size, data.image_size),
-        "fixed_input_size": True,
-        "mean": data.mean,
-        "std": data.std,
-        "interpolation": data.interpolation,
-        "crop_pct": data.crop_pct,
-        "crop_mode": "center",
-        "num_classes": data.num_classes,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-    return {**cfg, "label_names": tuple(class_names)} if class_names else cfg
 
 
 @register_model
@@ -75,7 +58,7 @@ def m2mkd_vmoe(
         raise ValueError(f"{NAME}: weights and arch were given; the architecture is that of the weights")
     student = open_student(weights)
     # timm's metadata are those of the weights; what the caller changes (a head, a pooling) changes the model only.
-    settings["pretrained_cfg"] = pretrained_cfg_of(student.data, student.class_names)
+    settings["pretrained_cfg"] = input_cfg(NAME, student.data, student.class_names)
     return build_model_with_cfg(lambda **args: _load(student, **args), NAME, False, **settings)
 
 
@@ -96,13 +79,26 @@ def create_model(
         if pretrained:
             return timm.create_model(NAME, weights=folder, **given)
         student = open_student(folder)
-        return _fresh(student.arch, pretrained_cfg_of(student.data, student.class_names), stitches=student.stitches, **given)
+        return _fresh(student.arch, input_cfg(NAME, student.data, student.class_names), stitches=student.stitches, **given)
     from m2mkd_ds.recipes import get_recipe
 
     config = get_recipe(str(name_or_path))
     if pretrained:
         raise ValueError(f"{name_or_path} is a recipe, for which there are no published weights; give a path, or pretrained=False")
-    return _fresh(arch_from_config(config), pretrained_cfg_of(config.data), **given)
+    return _fresh(arch_from_config(config), input_cfg(NAME, config.data), **given)
+
+
+def export_student(student: StudentFiles, out: Path) -> Path:
+    """Write a student as a folder in timm's layout. Raises ValueError and StoreError as `write_timm_folder` does."""
+    config = {
+        "architecture": NAME,
+        "num_classes": student.arch.num_classes,
+        "num_features": student.arch.embed_dim,
+        "global_pool": "token",
+        "model_args": {"arch": arch_to_dict(student.arch), "stitches": [dataclasses.asdict(s) for s in student.stitches]},
+        "pretrained_cfg": input_cfg(NAME, student.data, student.class_names),
+    }
+    return write_timm_folder(Path(out), config, student.read())
 
 
 def _fresh(arch: VMoEArch, cfg: dict[str, Any], **given: Any) -> Any:

@@ -49,6 +49,7 @@ DOORS = {
     "webdataset": ("m2mkd_ds/data/", "m2mkd_ds/bench/loader_peers.py"),
     "timm": (
         "m2mkd_ds/models/vit.py", "m2mkd_ds/models/variants.py", "m2mkd_ds/models/timm_vmoe.py", "m2mkd_ds/timm_models.py",
+        "m2mkd_ds/checkpoint/timm_export.py",
         "m2mkd_ds/data/transforms.py", "m2mkd_ds/bench/loader_peers.py",
     ),
     "safetensors": ("m2mkd_ds/checkpoint/",),

@@ -42,6 +42,8 @@ class StudentFiles:
     """In the order of the logits; empty where the source does not tell."""
     file_of: Mapping[str, Path]
     """Canonical tensor name -> the safetensors file that holds it."""
+    run: RunConfig | None = None
+    """The config of the run, where it is a run's student."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -99,7 +101,7 @@ def _of_run(path: Path, weights: Path, run: Path) -> StudentFiles:
     arch = arch_from_config(config)
     file_of = _file_of([weights])
     stitches = _stitches_in(weight_shapes(weights), config, str(weights))
-    return _checked(StudentFiles(path, arch, stitches, config.data, config.export.class_names, file_of))
+    return _checked(StudentFiles(path, arch, stitches, config.data, config.export.class_names, file_of, config))
 
 
 def _run_above(file: Path) -> Path:
