@@ -101,7 +101,7 @@ def write_timm_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str
         save_file(packed, temp / WEIGHTS, metadata={"format": "pt"})
         os.chmod(temp / WEIGHTS, 0o644)  # save_file makes it private to the user
         fsync_path(temp / WEIGHTS)
-        write_json_atomic(temp / CONFIG, config)
+        write_json_atomic(temp / CONFIG, _labels_on_top(config))
         _read_back(temp, tensors)
         fsync_path(temp)
         if out.exists():
@@ -116,6 +116,13 @@ def write_timm_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str
         for leftover in (temp, old):
             shutil.rmtree(leftover, ignore_errors=True)
     return out
+
+
+def _labels_on_top(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Class names where timm writes them and transformers looks for them: beside `pretrained_cfg`, not in it."""
+    inputs = dict(config["pretrained_cfg"])
+    labels = inputs.pop("label_names", None)
+    return {**config, **({"label_names": labels} if labels else {}), "pretrained_cfg": inputs}
 
 
 def _is_timm_folder(folder: Path) -> bool:

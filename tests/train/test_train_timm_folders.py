@@ -73,12 +73,17 @@ def test_the_joined_teacher_is_the_file_it_came_from_bit_for_bit(run: SplitRun, 
         assert torch.equal(model(IMAGES), run_stages([s.eval() for s in stages], IMAGES)[-1])
 
 
-def test_timm_alone_loads_it_and_knows_how_to_prepare_images(run: SplitRun, tmp_path: Path) -> None:
+def test_timm_alone_loads_it_and_transformers_does_too(run: SplitRun, tmp_path: Path) -> None:
     out = export_run_teacher(run.folder, tmp_path / "teacher")
     code = (
         "import json, sys, timm, torch; from timm.data import resolve_model_data_config as r; from safetensors.torch import load_file\n"
         f"m = timm.create_model('local-dir:{out}', pretrained=True).eval(); c = r(m)\n"
         "assert not any(n.startswith('m2mkd') for n in sys.modules)\n"
+        "x = torch.randn(2, 3, 16, 16)\n"
+        "from transformers import AutoModelForImageClassification as Auto\n"
+        f"wrapped = Auto.from_pretrained('{out}').eval()\n"
+        "with torch.no_grad(): assert torch.equal(wrapped(pixel_values=x).logits, m(x))\n"
+        "assert wrapped.config.id2label[9] == '9', wrapped.config.id2label\n"
         "print(json.dumps([c['mean'], c['input_size'], c['interpolation'], c['crop_pct'], m.pretrained_cfg['label_names']]))"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=True)
