@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights
 from m2mkd_ds.checkpoint.timm_export import export_teacher, join_modules
@@ -16,8 +19,19 @@ from m2mkd_ds.logs import logger
 from m2mkd_ds.models.vit import VitArch, stage_names
 
 
-def export_run_teacher(run: Path, out: Path) -> Path:
-    """Join RUN/split/module_<i>.safetensors into the folder `out`.
+class RunTeacher(NamedTuple):
+    """The whole teacher of a run."""
+
+    config: RunConfig
+    arch: VitArch
+    tensors: dict[str, Tensor]
+    """timm's names and order, fp32."""
+    told: dict[str, str]
+    """Metadata of its modules: what made them, from what."""
+
+
+def read_run_teacher(run: Path) -> RunTeacher:
+    """Join RUN/split/module_<i>.safetensors.
 
     Raises ConfigError where the run has no modules, ValueError for modules of another cut or architecture.
     """
@@ -35,7 +49,13 @@ def export_run_teacher(run: Path, out: Path) -> Path:
             what = f"blocks {span.first_block}..{span.last_block} of {arch.arch}"
             raise ValueError(f"{file}: does not hold {what} ({', '.join(others[:5])}); delete {file.parent} and split again")
     told.pop("pair", None)
-    return export_teacher(arch, join_modules(arch, modules), out, data=config.data, class_names=class_names(config), lineage=told)
+    return RunTeacher(config, arch, join_modules(arch, modules), told)
+
+
+def export_run_teacher(run: Path, out: Path) -> Path:
+    """Write the joined teacher as the folder `out`. Raises as `read_run_teacher` and `export_teacher` do."""
+    config, arch, tensors, told = read_run_teacher(run)
+    return export_teacher(arch, tensors, out, data=config.data, class_names=class_names(config), lineage=told)
 
 
 def class_names(config: RunConfig) -> tuple[str, ...]:
