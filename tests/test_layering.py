@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "train": {"distill", "teacher", "models", "moe", "data", "checkpoint", "distributed"},
     "bench": {"moe", "models", "data", "teacher", "distributed", "distill", "train.steps", "train.optim", "checkpoint.atomic"},
     "report": {"models", "checkpoint"},
-    "planner": {"models", "checkpoint", "distill.pairs"},
+    "planner": {"models", "moe", "checkpoint", "distill.pairs"},
     "__main__": {"cli"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}

@@ -1,4 +1,4 @@
-"""The runs that `m2mkd bench memory` measures: digits, and models large enough that what is measured is weights or activations, not noise."""
+"""The runs that `m2mkd bench memory` measures: digits, and models so large that weights or activations are measured, not noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from m2mkd_ds.config import AugmentConfig, DataConfig, MetaConfig, MoEConfig, PhaseConfig, RouterConfig, RunConfig, StudentConfig, TeacherConfig
+from m2mkd_ds.config import (
+    AugmentConfig,
+    DataConfig,
+    MetaConfig,
+    MoEConfig,
+    PhaseConfig,
+    RouterConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 
 STEPS = 3
 """Of which the first is not looked at: the optimizer makes its state in it."""

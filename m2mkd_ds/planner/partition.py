@@ -43,7 +43,8 @@ class FlatRow:
         """Parameters of which at least one element lies in part `rank`."""
         low, high = rank * self.part, (rank + 1) * self.part
         starts = [0, *accumulate(self.numels)]
-        return tuple(name for name, start, numel in zip(self.names, starts, self.numels, strict=False) if start < high and start + numel > low)
+        placed = zip(self.names, starts, self.numels, strict=False)  # one start more than names: the end
+        return tuple(name for name, start, numel in placed if start < high and start + numel > low)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Partition:
 
 
 def partition(module: nn.Module, ranks: int, ep_size: int) -> Partition:
-    """The rows of `module`, whose experts hold a rank's share already: matrices (which decay), the rest, and both again for spread experts."""
+    """The rows of `module`, whose experts hold a rank's share already: matrices, which decay, the rest, and both for spread experts."""
     experts = {
         f"{prefix}.{leaf}"
         for prefix, layer in module.named_modules()

@@ -18,8 +18,8 @@ from m2mkd_ds.planner.engine_memory import EngineSettings
 from m2mkd_ds.planner.ledger import Moment
 from m2mkd_ds.planner.partition import Partition, partition
 from m2mkd_ds.planner.phase_memory import Statics, phase_peak
-from m2mkd_ds.planner.scenes import STUDENT_PHASES, SceneSettings, frozen_modules, make_scene, phase_config, trained_modules
-from m2mkd_ds.planner.step_trace import Arrival, SceneTrace, StepTrace, trace_scene
+from m2mkd_ds.planner.scenes import STUDENT_PHASES, SceneSettings, make_scene, phase_config, trained_modules
+from m2mkd_ds.planner.step_trace import Arrival, Scene, SceneTrace, StepTrace, trace_scene
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -51,6 +51,7 @@ class MemoryModel:
 
     def __init__(self, config: RunConfig, phase: str) -> None:
         self.config, self.phase = config, phase
+        self._scenes: dict[tuple[Any, ...], Scene] = {}
         self._traces: dict[tuple[Any, ...], SceneTrace] = {}
         self._parts: dict[tuple[Any, ...], list[Partition]] = {}
         self._statics: dict[tuple[Any, ...], Statics] = {}
@@ -75,39 +76,41 @@ class MemoryModel:
         """The step on the meta device."""
         key = (self._key(layout), micro_batch_size)
         if key not in self._traces:
-            self._traces[key] = trace_scene(make_scene(self.config, self.phase, self._settings(layout, micro_batch_size)))
+            self._traces[key] = trace_scene(self._scene(layout), micro_batch_size)
         return self._traces[key]
 
     def partitions(self, layout: Layout) -> list[Partition]:
         """One a trainee."""
-        key = (layout.ranks, layout.ep_size, layout.pairs)
+        key = (layout.ranks, *self._key(layout))
         if key not in self._parts:
-            self._parts[key] = [partition(module, layout.ranks, layout.ep_size) for module in self._modules(layout)]
+            self._parts[key] = [
+                partition(trainee.module, layout.ranks, layout.ep_size) for trainee in self._scene(layout).trainees
+            ]
         return self._parts[key]
 
     def statics(self, layout: Layout) -> Statics:
         """Frozen modules, and copies of the moving average."""
-        key = (layout.precision, layout.with_teacher, layout.pairs)
+        key = self._key(layout)
         if key not in self._statics:
-            dtype = DTYPES[layout.precision]
-            frozen = frozen_modules(self.config, self.phase, self._settings(layout, 1)).values()
+            count = _bytes_in(DTYPES[layout.precision])
+            frozen = sum(map(count, self._scene(layout).frozen))
             averaged = phase_config(self.config, self.phase).ema_decay > 0
-            copies = tuple(map(_bytes_in(dtype), trained_modules(self.config, self.phase, layout.pairs).values())) if averaged else ()
-            self._statics[key] = Statics(frozen=sum(map(_bytes_in(dtype), frozen)), average_copies=copies)
+            copies = tuple(map(count, trained_modules(self.config, self.phase, layout.pairs).values())) if averaged else ()
+            self._statics[key] = Statics(frozen=frozen, average_copies=copies)
         return self._statics[key]
 
-    def _modules(self, layout: Layout) -> list[nn.Module]:
-        scene = make_scene(self.config, self.phase, self._settings(layout, 1))
-        return [trainee.module for trainee in scene.trainees]
+    def _scene(self, layout: Layout) -> Scene:
+        key = self._key(layout)
+        if key not in self._scenes:
+            settings = SceneSettings(
+                dtype=DTYPES[layout.precision], backend=self._backend(layout), ep_size=layout.ep_size, pairs=layout.pairs,
+                with_teacher=layout.with_teacher,
+            )  # fmt: skip
+            self._scenes[key] = make_scene(self.config, self.phase, settings)
+        return self._scenes[key]
 
     def _key(self, layout: Layout) -> tuple[Any, ...]:
         return (layout.ep_size, layout.precision, layout.is_gpu, layout.with_teacher, layout.pairs)
-
-    def _settings(self, layout: Layout, micro_batch_size: int) -> SceneSettings:
-        return SceneSettings(
-            micro_batch_size=micro_batch_size, dtype=DTYPES[layout.precision], backend=self._backend(layout), ep_size=layout.ep_size,
-            pairs=layout.pairs, with_teacher=layout.with_teacher,
-        )  # fmt: skip
 
     def _backend(self, layout: Layout) -> str:
         """What the experts keep: `fused` by itself on a CPU; all others keep rows, z and h, as `loop` does."""

@@ -20,8 +20,8 @@ from m2mkd_ds.config import PhaseConfig, RunConfig
 from m2mkd_ds.distill.pairs import TeachingPair, stage_spans, stitch_specs, teaching_pairs
 from m2mkd_ds.models.meta import BoundaryVit, run_stages
 from m2mkd_ds.models.spans import StageSpan
-from m2mkd_ds.models.variants import VitArch
-from m2mkd_ds.models.vit import VitStage, empty_stage
+from m2mkd_ds.models.variants import VitArch, meta_device_model
+from m2mkd_ds.models.vit import VitStage
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, VMoEOutput, arch_from_config
 from m2mkd_ds.planner.shapes_of_experts import prepare_experts_
 from m2mkd_ds.planner.step_trace import Scene, TraineeScene
@@ -35,7 +35,6 @@ STUDENT_PHASES = ("m2mkd", "end_to_end", "baseline")
 class SceneSettings:
     """How a scene is set."""
 
-    micro_batch_size: int
     dtype: torch.dtype
     backend: str
     """Of the experts: `fused` or `loop`, which run on the meta device; `loop` keeps what `grouped` keeps."""
@@ -70,15 +69,16 @@ def trained_modules(config: RunConfig, phase: str, pairs: Sequence[int] = ()) ->
     """What a phase trains, by pair (a whole model: 0), fp32 on the meta device."""
     rate = phase_config(config, phase).drop_path
     if phase == "pretrain_meta":
-        arch, spans = VitArch.from_meta(config), stage_spans(config.meta.depths)
-        whole = empty_stage(arch, StageSpan.whole(spans[0].num_blocks), drop_path=rate)
+        spans = stage_spans(config.meta.depths)
+        (whole,) = vit_stages(VitArch.from_meta(config), [StageSpan.whole(spans[0].num_blocks)], drop_path=rate)
         return {0: whole if config.teacher.source == "incubate" else BoundaryVit(whole, spans)}
     if phase == "assemble_finetune":
-        return {0: empty_stage(VitArch.from_teacher(config), StageSpan.whole(sum(config.teacher.depths)), drop_path=rate)}
+        return {0: vit_stages(VitArch.from_teacher(config), [StageSpan.whole(sum(config.teacher.depths))], drop_path=rate)[0]}
     chosen = [pair for pair in all_pairs(config) if not pairs or pair.index in pairs]
     if phase == "modular_train":
-        return {pair.index: empty_stage(VitArch.from_teacher(config), pair.teacher, drop_path=rate) for pair in chosen}
-    arch, width = arch_from_config(config), _teacher_width(config)
+        stages = vit_stages(VitArch.from_teacher(config), [pair.teacher for pair in chosen], drop_path=rate)
+        return {pair.index: stage for pair, stage in zip(chosen, stages, strict=True)}
+    arch, width = arch_from_config(config), teacher_width(config)
     if phase == "m2mkd":
         return {pair.index: VisionMoE(arch, pair.student, stitches=_stitches(pair, width, arch.embed_dim), drop_path=rate, seed=None)
                 for pair in chosen}  # fmt: skip
@@ -94,16 +94,24 @@ def all_pairs(config: RunConfig) -> tuple[TeachingPair, ...]:
 
 def frozen_modules(config: RunConfig, phase: str, settings: SceneSettings) -> dict[str, VitStage]:
     """What a trainer holds without training it: the meta stages around its pairs, and the teacher modules where it runs them itself."""
-    teacher, meta = VitArch.from_teacher(config), VitArch.from_meta(config)
     pairs = [pair for pair in all_pairs(config) if not settings.pairs or pair.index in settings.pairs]
     found: dict[str, VitStage] = {}
     if phase in PAIR_PHASES:
         needed = sorted({stage for pair in pairs for stage in (*pair.prefix_stages, *pair.suffix_stages)})
-        found |= {f"meta {i}": empty_stage(meta, stage_spans(config.meta.depths)[i]) for i in needed}
+        spans = stage_spans(config.meta.depths)
+        stages = vit_stages(VitArch.from_meta(config), [spans[i] for i in needed])
+        found |= {f"meta {i}": stage for i, stage in zip(needed, stages, strict=True)}
     if _runs_teacher(config, phase, settings):
         held = pairs if phase == "m2mkd" else all_pairs(config)
-        found |= {f"teacher {pair.index}": empty_stage(teacher, pair.teacher) for pair in held}
+        modules = vit_stages(VitArch.from_teacher(config), [pair.teacher for pair in held])
+        found |= {f"teacher {pair.index}": module for pair, module in zip(held, modules, strict=True)}
     return found
+
+
+def vit_stages(arch: VitArch, spans: Sequence[StageSpan], *, drop_path: float = 0.0) -> list[VitStage]:
+    """Stages of one model on the meta device; the model is built once."""
+    whole = meta_device_model(arch, drop_path=drop_path)
+    return [VitStage(whole, span) for span in spans]
 
 
 def _runs_teacher(config: RunConfig, phase: str, settings: SceneSettings) -> bool:
@@ -111,9 +119,9 @@ def _runs_teacher(config: RunConfig, phase: str, settings: SceneSettings) -> boo
     return follows or (phase == "m2mkd" and settings.with_teacher and config.distill.kd_weight > 0)
 
 
-def _teacher_width(config: RunConfig) -> int:
-    teacher = VitArch.from_teacher(config)
-    return int(empty_stage(teacher, StageSpan.whole(sum(config.teacher.depths))).embed_dim)
+def teacher_width(config: RunConfig) -> int:
+    """Width of teacher and meta model."""
+    return int(meta_device_model(VitArch.from_meta(config)).embed_dim)
 
 
 def _stitches(pair: TeachingPair, teacher_width: int, student_width: int) -> tuple[StitchSpec, ...]:
@@ -130,9 +138,9 @@ def _frozen(config: RunConfig, phase: str, settings: SceneSettings) -> dict[str,
     return {name: module.to(settings.dtype).eval().requires_grad_(False) for name, module in modules.items()}
 
 
-def _images(config: RunConfig, settings: SceneSettings) -> tuple[Tensor, Tensor]:
+def _images(config: RunConfig, settings: SceneSettings, b: int) -> tuple[Tensor, Tensor]:
     """Pixels [B, 3, S, S] in the precision of the run, targets [B, V] in fp32."""
-    b, size = settings.micro_batch_size, config.data.image_size
+    size = config.data.image_size
     pixels_BCHW = torch.empty(b, 3, size, size, dtype=settings.dtype, device="meta")
     return pixels_BCHW, torch.empty(b, config.data.num_classes, dtype=torch.float32, device="meta")
 
@@ -162,8 +170,8 @@ def _pair_scene(config: RunConfig, phase: str, settings: SceneSettings) -> Scene
         return x
 
     @torch.no_grad()
-    def make_batch() -> Batch:
-        x, targets_BV = _images(config, settings)
+    def make_batch(images: int) -> Batch:
+        x, targets_BV = _images(config, settings, images)
         hidden: dict[int, Tensor] = {}
         for stage in range(max(pairs) + 1):
             if stage in pairs:
@@ -195,8 +203,8 @@ def _whole_scene(config: RunConfig, phase: str, settings: SceneSettings) -> Scen
     module = _ready(trained_modules(config, phase)[0], settings)
     teachers = tuple(_frozen(config, phase, settings).values())
 
-    def make_batch() -> Batch:
-        pixels_BCHW, targets_BV = _images(config, settings)
+    def make_batch(images: int) -> Batch:
+        pixels_BCHW, targets_BV = _images(config, settings, images)
         return Batch({0: pixels_BCHW}, {}, targets_BV)
 
     def loss(batch: Batch) -> Tensor:

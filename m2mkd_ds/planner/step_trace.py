@@ -70,15 +70,16 @@ class Scene:
 
     trainees: tuple[TraineeScene, ...]
     frozen: tuple[nn.Module, ...]
-    make_batch: Callable[[], Any]
+    make_batch: Callable[[int], Any]
+    """Images of a micro-batch -> what the feed gives."""
 
 
-def trace_scene(scene: Scene) -> SceneTrace:
+def trace_scene(scene: Scene, micro_batch_size: int) -> SceneTrace:
     """Run one micro-batch of every trainee."""
     modules: Sequence[nn.Module] = [*(trainee.module for trainee in scene.trainees), *scene.frozen]
     given = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     with LiveBytes(given) as live:
-        batch = scene.make_batch()
+        batch = scene.make_batch(micro_batch_size)
         feed_peak, held = live.take_peak(), live.now
         steps = tuple(_trace_step(trainee, batch, live) for trainee in scene.trainees)
     return SceneTrace(feed_peak, held, steps)
