@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "checkpoint.async_commit", "checkpoint.attempt", "checkpoint.commit",
     },
     "report": {"models", "checkpoint"},
-    "planner": {"models", "checkpoint", "distill.pairs"},
+    "planner": {"models", "moe", "checkpoint", "distill.pairs"},
     "timm_models": {"models", "checkpoint", "recipes"},
     "__main__": {"cli"},
 }  # fmt: skip
