@@ -11,20 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.protocol.wire import (
-    MAX_MESSAGE_BYTES,
-    AnswerHead,
-    FeedError,
-    GetBatch,
-    Golden,
-    Hello,
-    Limits,
-    Status,
-    Welcome,
-    negotiate,
-    pack,
-    unpack,
-)
+from m2mkd_ds.teacher.protocol.packing import negotiate, pack, unpack
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, AnswerHead, FeedError, GetBatch, Golden, Hello, Limits, Status, Welcome
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)

@@ -25,7 +25,8 @@ from m2mkd_ds.teacher.flight.parts import raise_refusal, schema, to_batch
 from m2mkd_ds.teacher.flight.security import ClientSecurity, ServerSecurity
 from m2mkd_ds.teacher.flight.server import FlightTransport
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, Hello, LinkError, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import LIMITS
 from tests.teacher.flight_tools import LAYOUT, TOKEN, Pki, hello_of, make_pki, request_of

@@ -23,7 +23,8 @@ from m2mkd_ds.teacher.protocol.handshake import (
     version_differences,
     versions,
 )
-from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, Limits, Welcome, pack, unpack
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, Limits, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import LIMITS, tiny_fingerprints
 

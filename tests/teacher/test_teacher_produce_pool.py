@@ -23,7 +23,9 @@ from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.server.decode_pool import DecodeError, DecodeHere, DecodePool, LayoutBatches, Stream, _Worker
+from m2mkd_ds.teacher.server.decode_pool import DecodeHere, DecodePool
+from m2mkd_ds.teacher.server.decode_worker import DecodeError, Worker
+from m2mkd_ds.teacher.server.layout_batches import LayoutBatches, Stream
 from m2mkd_ds.teacher.server.produce import Producer
 from tests.data.tar_files import image_file
 from tests.teacher.asking import LAYOUT, asked, assert_same, colocated
@@ -212,7 +214,7 @@ def test_a_worker_can_be_killed_while_it_is_forgotten(tiny_config: RunConfig, ti
         def kill(self) -> None:
             killed.append(self)
 
-    class Vanishing(_Worker):
+    class Vanishing(Worker):
         @property
         def _process(self) -> Any:  # type: ignore[override]
             """Gone as soon as somebody has looked."""
@@ -239,7 +241,8 @@ def test_no_worker_outlives_a_server_that_is_killed(tiny_config: RunConfig, tiny
 import time
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.server.decode_pool import DecodePool, Stream
+from m2mkd_ds.teacher.server.decode_pool import DecodePool
+from m2mkd_ds.teacher.server.layout_batches import Stream
 if __name__ == "__main__":
     data = DataConfig(num_classes=10, image_size=16, num_workers=1)
     pool = DecodePool(Stream(ShardIndex.load({tiny_config.data.train!r}), data, 0), pin=False, replaced=lambda: None)

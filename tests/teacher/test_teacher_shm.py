@@ -21,7 +21,8 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.connection import LocalConnection
-from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, LinkError, pack
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, LinkError
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
 from m2mkd_ds.teacher.shm import frames

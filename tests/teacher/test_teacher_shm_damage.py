@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.codec import Accept, TensorSpec
-from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch, Hello, Limits, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch, Hello, Limits, LinkError, Welcome
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
 from m2mkd_ds.teacher.shm.buffers import ReceiveBuffers

@@ -19,7 +19,8 @@ from m2mkd_ds.config import RunConfig, to_dict
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.connection import LocalConnection
-from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello, LinkError, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 from m2mkd_ds.teacher.shm.client import ShmConnection
 from m2mkd_ds.teacher.shm.server import ShmTransport

@@ -32,19 +32,8 @@ from m2mkd_ds.teacher.flight.parts import (
 from m2mkd_ds.teacher.flight.security import ClientSecurity, join_address, split_address
 from m2mkd_ds.teacher.protocol import codec
 from m2mkd_ds.teacher.protocol.buffers import BufferPool
-from m2mkd_ds.teacher.protocol.wire import (
-    MAX_MESSAGE_BYTES,
-    Answer,
-    FeedError,
-    GetBatch,
-    Golden,
-    Hello,
-    LinkError,
-    Status,
-    Welcome,
-    pack,
-    unpack,
-)
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome
 
 _Message = TypeVar("_Message", Welcome, Status)
 CHANNEL = (

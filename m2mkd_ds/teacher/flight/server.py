@@ -32,7 +32,8 @@ from m2mkd_ds.teacher.flight.parts import (
 from m2mkd_ds.teacher.flight.security import Keys, ServerSecurity, join_address, split_address
 from m2mkd_ds.teacher.flight.sockets import cut_connection
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack, unpack_name
+from m2mkd_ds.teacher.protocol.packing import pack, unpack, unpack_name
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello
 from m2mkd_ds.teacher.server.admission import Lease
 from m2mkd_ds.teacher.server.service import TeacherService
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, Golden, Hello, LinkError, Status, Welcome, pack, unpack
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, Golden, Hello, LinkError, Status, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 
 

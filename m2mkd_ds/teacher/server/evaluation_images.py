@@ -12,7 +12,8 @@ from m2mkd_ds.data.batch import WorkerBatch
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.plan import num_eval_batches
 from m2mkd_ds.teacher.protocol.wire import FeedError, GetBatch
-from m2mkd_ds.teacher.server.decode_pool import Decoder, Stream, make_decoder
+from m2mkd_ds.teacher.server.decode_pool import Decoder, make_decoder
+from m2mkd_ds.teacher.server.layout_batches import Stream
 
 
 class EvaluationImages:

@@ -20,7 +20,7 @@ from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.handshake import GOLDEN_IMAGES, check_hello, golden_answer, plan_digest
 from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, Payload, Status, Welcome
 from m2mkd_ds.teacher.server.admission import Admission, Lease
-from m2mkd_ds.teacher.server.decode_pool import DecodeError
+from m2mkd_ds.teacher.server.decode_worker import DecodeError
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.requests import check_start, check_stream
 

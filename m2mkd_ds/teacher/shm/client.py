@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome, pack, unpack
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
 from m2mkd_ds.teacher.shm.buffers import ReceiveBuffers

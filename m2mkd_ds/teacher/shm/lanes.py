@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack, unpack_name
+from m2mkd_ds.teacher.protocol.packing import pack, unpack, unpack_name
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello
 from m2mkd_ds.teacher.server.service import TeacherService
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm.frames import Ready
