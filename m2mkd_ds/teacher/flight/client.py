@@ -31,7 +31,7 @@ from m2mkd_ds.teacher.flight.parts import (
 )  # fmt: skip
 from m2mkd_ds.teacher.flight.security import ClientSecurity, join_address, split_address
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.buffers import BufferPool
+from m2mkd_ds.teacher.protocol.buffers import MAX_BUFFERS, MAX_POOL_BYTES, BufferPool
 from m2mkd_ds.teacher.protocol.packing import pack, unpack
 from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome
 
@@ -46,9 +46,6 @@ CHANNEL = (
     ("grpc.enable_http_proxy", 0),
 )
 """gRPC's channel arguments."""
-
-MAX_BUFFERS, MAX_POOL_BYTES = 1024, 2**40
-"""Of a link's own pool: as many as answers are alive at a time, which the trainer's prefetch bounds."""
 
 
 class FlightConnection:

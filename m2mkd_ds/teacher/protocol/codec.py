@@ -146,7 +146,7 @@ class FrameReader:
             self._tensors = self._made(framed.tensors)
         except LinkError:
             raise
-        except (RuntimeError, MemoryError) as err:  # torch has one kind for all that it cannot make
+        except (RuntimeError, MemoryError, OSError, OverflowError) as err:  # torch has one kind for all that it cannot make
             raise no_room(framed.tensors, err) from None
         self._rooms = _rooms(framed, self._tensors)
         self._head = framed.answer
