@@ -274,7 +274,7 @@ def test_drain_refuses_new_requests_and_lets_running_ones_end(tiny_config: RunCo
 
 def hello(config: RunConfig, index: ShardIndex, **changes: object) -> Hello:
     greeting = Hello(
-        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=ALL, payload="hidden",
+        oldest_protocol=2, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=ALL, payload="hidden",
         wire_dtype="fp32", with_teacher=True, fingerprints=tiny_fingerprints(config, index),
     )  # fmt: skip
     return replace(greeting, **changes)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ MakeService = Callable[..., TeacherService]
 @pytest.fixture
 def hello(tiny_config: RunConfig, tiny_index: ShardIndex) -> Hello:
     return Hello(
-        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
+        oldest_protocol=2, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
         wire_dtype="fp32", with_teacher=True, fingerprints=tiny_fingerprints(tiny_config, tiny_index),
     )  # fmt: skip
 

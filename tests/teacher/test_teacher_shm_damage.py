@@ -31,9 +31,9 @@ from m2mkd_ds.teacher.shm.segment import HEADER_BYTES, Segment, places, segment_
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)
 LIMITS = Limits(max_count=4, max_answer_bytes=10_000, max_in_flight=1, heartbeat_s=1.0)
-WELCOME = Welcome(protocol=1, instance="i", plan="p", fingerprints={}, limits=LIMITS)
+WELCOME = Welcome(protocol=2, instance="i", plan="p", fingerprints={}, limits=LIMITS)
 HELLO = Hello(
-    oldest_protocol=1, newest_protocol=1, client="c", rank=0, layout=LAYOUT, pairs=(0,), payload="hidden", wire_dtype="fp32",
+    oldest_protocol=2, newest_protocol=2, client="c", rank=0, layout=LAYOUT, pairs=(0,), payload="hidden", wire_dtype="fp32",
     with_teacher=False, fingerprints={},
 )  # fmt: skip
 GET = GetBatch(

@@ -60,6 +60,7 @@ class FlightConnection:
         self._host, self._port = split_address(endpoint)
         self.endpoint = join_address(self._host, self._port)
         self._keys = keys = security.load()
+        self.carrier = ("mutual TLS" if keys.cert else "TLS") if keys.authority else "plain TCP"
         self._max_answer_bytes, self._name = 0, ""
         self._pool = pool or BufferPool(MAX_BUFFERS, MAX_POOL_BYTES)
         self._streams: set[Any] = set()

@@ -22,7 +22,7 @@ from torch import Tensor
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.plan import BatchLayout
 
-OLDEST_PROTOCOL, PROTOCOL_VERSION = 1, 1
+OLDEST_PROTOCOL, PROTOCOL_VERSION = 2, 2
 """What this installation speaks, both included."""
 MAX_MESSAGE_BYTES = 64 * 1024
 """Largest message, of either side; tensors do not count."""
@@ -38,10 +38,11 @@ INT8_GROUP = 128
 """With wire_dtype=int8, so many neighbouring numbers of a token share a scale."""
 WireDtype = Literal["fp32", "bf16", "fp16", "int8"]
 """Of hidden states and of float images on the way; logits and targets always travel as they are."""
-ErrorCode = Literal["retry_later", "draining", "mismatch", "bad_request", "unauthenticated", "poisoned", "internal"]
+ErrorCode = Literal["retry_later", "draining", "mismatch", "bad_request", "unauthenticated", "poisoned", "data", "internal"]
 """retry_later: too much asked for at once. draining: the server is about to leave. mismatch: another model, data, order or instance than
-the caller means. bad_request: cannot be a message of ours. poisoned: the teacher's output is not finite. internal: a bug of the server."""
-LinkFault = Literal["unreachable", "deadline", "corrupt", "closed"]
+the caller means. bad_request: cannot be a message of ours. poisoned: the teacher's output is not finite. data: a shard or sample of the
+server's cannot be read. internal: a bug of the server."""
+LinkFault = Literal["unreachable", "untrusted", "deadline", "corrupt", "closed"]
 
 MAX_NAME_CHARS = 256
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
@@ -87,7 +88,10 @@ class FeedError(RuntimeError):
 
 
 class LinkError(RuntimeError):
-    """The way to a server failed: nobody there, no answer within the deadline, a damaged or impossible answer, or closed by us."""
+    """The way to a server failed: nobody there, no answer within the deadline, a damaged or impossible answer, or closed by us.
+
+    untrusted: somebody is there, and certificates or TLS of the two sides do not fit; waiting does not mend that.
+    """
 
     def __init__(self, fault: LinkFault, message: str) -> None:
         super().__init__(message)

@@ -35,7 +35,7 @@ class ShmConnection:
         """Raises ValueError for a path that cannot be a socket's."""
         self._path = endpoint.removeprefix("unix:")
         shm_socket.check_path(self._path)
-        self.endpoint = f"unix:{self._path}"
+        self.endpoint, self.carrier = f"unix:{self._path}", "shared memory"
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[ClientLane] = []
