@@ -7,13 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
 from m2mkd_ds.teacher.client.remote import RemoteFeed
+from m2mkd_ds.teacher.flight.client import FlightConnection
+from m2mkd_ds.teacher.flight.security import ClientSecurity
+from m2mkd_ds.teacher.flight.server import FlightTransport
 from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, LinkError
+from tests.teacher.flight_tools import TOKEN, make_pki
 from tests.teacher.town import PACE, Setting, Town, TownConnection, requests, run_out, teacher_config, wait_until
 
 OpenFeed = Callable[..., RemoteFeed]
@@ -55,6 +60,37 @@ def test_a_certificate_that_does_not_fit_stops_the_run_at_once_where_there_is_no
     with pytest.raises(TeacherRefusedError, match="teacher server [ab]:1: the server's certificate is refused: certificate has expired"):
         feed.batch(requests()[0])
     assert time.monotonic() - began < 3.0
+
+
+class Network(Town):
+    """Reached over Flight."""
+
+    security = ClientSecurity()
+
+    def connect(self, endpoint: str) -> FlightConnection:  # type: ignore[override]
+        return FlightConnection(endpoint, self.security)
+
+
+def test_a_real_server_of_another_authority_stops_the_run_within_seconds(setting: Setting, open_feed: OpenFeed, tmp_path: Path) -> None:
+    ours, theirs = make_pki(tmp_path / "ours"), make_pki(tmp_path / "theirs")
+    town = Network(setting.producer, setting.prints, "a:1")
+    transport = FlightTransport(town.services["a:1"], "127.0.0.1:0", theirs.server())
+    transport.start()
+    try:
+        for security, told in (
+            (ours.client(), "the server's certificate is refused"),
+            (ClientSecurity(theirs.ca, *ours.issue("other"), token=TOKEN), "the server refused this side's certificate"),
+            (ClientSecurity(theirs.ca, token=TOKEN), "the server asks for a certificate"),
+        ):
+            town.security = security
+            began = time.monotonic()
+            with pytest.raises(TeacherRefusedError, match=f"teacher server {transport.endpoint}: {told}"):
+                open_feed(town, teacher_config(transport.endpoint, patience_s=60.0)).batch(requests()[0])
+            assert time.monotonic() - began < 5.0
+        town.security = theirs.client()
+        assert open_feed(town, teacher_config(transport.endpoint)).batch(requests()[0]).slot_ids_B.tolist() == list(requests()[0].slots)
+    finally:
+        transport.stop(0.0)
 
 
 def test_with_another_server_the_one_whose_certificate_does_not_fit_is_named_once(
