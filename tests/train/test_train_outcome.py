@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,12 @@ def test_a_record_of_another_version_is_no_record(tmp_path: Path) -> None:
 def test_ranks_left_behind_are_waited_for_as_long_as_they_show_signs_of_life(tmp_path: Path) -> None:
     folder = tmp_path / "end_to_end"
     write_outcome(folder, Outcome(state="running", phase="end_to_end", launch="L"))
+    first = heartbeat(1, time.time())
     script = (
-        "import sys, time; from dataclasses import replace; from pathlib import Path\n"
-        "from tests.train.test_train_outcome import heartbeat, heartbeat_file, write_record\n"
+        "import sys, time; from pathlib import Path; from m2mkd_ds.distributed.rank_files import *\n"
         "for beat in range(30):\n"
-        "    write_record(heartbeat_file(Path(sys.argv[1]), 1), replace(heartbeat(1, time.time()), beat=beat)); time.sleep(0.1)\n"
+        f"    write_record(heartbeat_file(Path(sys.argv[1]), 1), {asdict(first)} | {{'beat': beat, 'time': time.time()}})\n"
+        "    time.sleep(0.1)\n"
     )
     beating = subprocess.Popen([sys.executable, "-c", script, str(folder)])
     try:
