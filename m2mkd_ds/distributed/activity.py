@@ -33,6 +33,8 @@ class Section:
 
     name: str
     is_collective: bool
+    may_wait: bool
+    """Whether other ranks can hold it up: a collective, or one that has collectives of DeepSpeed inside."""
     limit: Limit
     facts: dict[str, Any]
 
@@ -54,6 +56,11 @@ class Snapshot:
     def is_collective(self) -> bool:
         """Whether the innermost section waits for other ranks."""
         return bool(self.sections) and self.sections[-1].is_collective
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether other ranks can hold the innermost section up."""
+        return bool(self.sections) and self.sections[-1].may_wait
 
     @property
     def limit(self) -> Limit:
@@ -103,13 +110,16 @@ def where_raised(error: BaseException) -> Snapshot:
 
 
 @contextmanager
-def section(name: str, *, limit: Limit = "", is_collective: bool = False, **facts: Any) -> Iterator[None]:
-    """The main thread does `name` now. In other threads nothing is recorded: they do not hold the ranks up."""
+def section(name: str, *, limit: Limit = "", is_collective: bool = False, may_wait: bool = False, **facts: Any) -> Iterator[None]:
+    """The main thread does `name` now. `may_wait`: DeepSpeed waits for other ranks inside, in collectives of its own.
+
+    In other threads nothing is recorded: they do not hold the ranks up.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     outer = _HERE.now.sections
-    _HERE.now = Snapshot((*outer, Section(name, is_collective, limit, facts)), time.monotonic())
+    _HERE.now = Snapshot((*outer, Section(name, is_collective, is_collective or may_wait, limit, facts)), time.monotonic())
     try:
         yield
     except BaseException as error:
