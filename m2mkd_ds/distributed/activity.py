@@ -12,6 +12,7 @@ and a watchdog has to see all of them. That is the exception to "no current anyt
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -141,5 +142,6 @@ def collective(name: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's text up to its first line break: backends add pages of C++ frames."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """An error's text without what backends add: source file and line in front, advice and pages of C++ frames behind."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", line).partition(" This is typically caused by")[0]

@@ -87,7 +87,7 @@ def test_an_error_keeps_the_innermost_section_that_it_was_raised_in() -> None:
 def test_a_backend_s_error_in_a_collective_names_the_collective() -> None:
     message = r"^collective `agree on losses` failed: connection closed by peer$"
     with pytest.raises(CollectiveError, match=message), collective("agree on losses"):
-        raise RuntimeError("connection closed by peer\nframe #0: ...")
+        raise RuntimeError("[/src/pair.cc:561] connection closed by peer\nframe #0: ...")
 
 
 def test_a_rank_that_failed_by_itself_is_the_suspect_before_any_other(tmp_path: Path) -> None:
