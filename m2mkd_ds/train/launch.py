@@ -27,6 +27,10 @@ from m2mkd_ds.train.stopping import StopFlag, StopRequested, end_at_once, listen
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,@+")
 
 
+LEAVE_S = 15.0
+"""How long processes of a job that has ended may take to leave."""
+
+
 class LaunchError(RuntimeError):
     """A launched job failed, or left no result; the message says what its records tell, and the job's own is in the log above."""
 
@@ -131,6 +135,7 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
             code = _wait(process[0], stop, patience_s)
             # Ranks that the launcher has left behind notice it, save and leave.
             records.await_end(patience_s)
+            _await_group(process[0])
         finally:
             _signal_group(process[0], signal.SIGKILL)
     ending = records.ending()
@@ -156,6 +161,17 @@ def _wait(process: subprocess.Popen[bytes], stop: StopFlag, patience_s: float) -
             _signal_group(process, signal.SIGKILL)
         time.sleep(0.1)
     return process.wait()
+
+
+def _await_group(process: subprocess.Popen[bytes]) -> None:
+    """Until nobody is left of the launcher's process group, or `LEAVE_S` has passed: ranks that have saved still flush and close."""
+    deadline = time.monotonic() + LEAVE_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -169,10 +169,10 @@ def _train_step(
         ledger.add(batch.slot_ids_B)
         for trainee in active:
             seed_micro_batch(job.seed, job.phase_name, trainee.pair, slots.start)
-            with section("forward", step=step + 1, pair=trainee.pair, slots=slots):
+            with section("forward", may_wait=trainee.engine.is_collective, step=step + 1, pair=trainee.pair, slots=slots):
                 output = trainee.step_fn(batch, log and last)
             trainee.pending = dict(output.metrics) if log and last else {}
-            with section("backward", step=step + 1, pair=trainee.pair, slots=slots):
+            with section("backward", may_wait=True, step=step + 1, pair=trainee.pair, slots=slots):
                 trainee.engine.backward(output.loss)
             losses.append((trainee.name, slots, output.loss.detach()))
             if trainee.routers:
@@ -181,7 +181,7 @@ def _train_step(
             with section("agree", step=step + 1):
                 stopping = _agree(losses, found, lost, step, world, bad, saver, job.stop())
         for trainee in active:
-            with section("optimizer step", step=step + 1, pair=trainee.pair):
+            with section("optimizer step", may_wait=True, step=step + 1, pair=trainee.pair):
                 grad_norm = trainee.engine.step(lr)
             if last:
                 _after_optimizer_step(trainee, step, grad_norm)
