@@ -28,13 +28,13 @@ class LaunchError(RuntimeError):
     """A launched job failed, or left no result; the job's own message is in the log above."""
 
 
-def launch_command(launch: LaunchConfig, verb: list[str]) -> list[str]:
-    """`deepspeed [flags] --module m2mkd_ds VERB...` as a list of words. Raises ConfigError for a word that a shell would change."""
+def launch_command(launch: LaunchConfig, verb: list[str], module: str = "m2mkd_ds") -> list[str]:
+    """`deepspeed [flags] --module MODULE VERB...` as a list of words. Raises ConfigError for a word that a shell would change."""
     flags = ["--num_gpus", str(launch.num_gpus)] if launch.num_gpus else []
     if launch.hostfile:
         flags += ["--hostfile", launch.hostfile]
     # --quiet: the launcher's own dozen lines a start say nothing that the trainer's log does not.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *flags, *launch.extra, "--module", "m2mkd_ds", *verb]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *flags, *launch.extra, "--module", module, *verb]
     # The launcher changes to this folder on every host, by a line that is not quoted either.
     for word in [*command, *([os.getcwd()] if launch.hostfile else [])]:
         if not set(word) <= SAFE:
