@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -21,8 +21,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 
+from m2mkd_ds.distributed.activity import collective
 from m2mkd_ds.distributed.interface import interface_towards
 from m2mkd_ds.distributed.launched import Place, place_of
+from m2mkd_ds.distributed.rendezvous import meet
 
 logger = logging.getLogger("m2mkd_ds")
 
@@ -46,11 +48,13 @@ class World:
         return self.rank == 0
 
 
-def init_world(timeout_s: float = 600.0) -> World:
+def init_world(timeout_s: float = 600.0, *, start_timeout_s: float = 300.0, give_up: Callable[[], bool] = lambda: False) -> World:
     """Join the job and choose this rank's device; call once, before any engine is made.
 
-    `timeout_s` bounds every collective: when a rank dies, the others fail after it instead of waiting for ever.
-    Raises ValueError when a launcher started several tasks but nothing told them their ranks, or when the meeting point cannot be reached.
+    `timeout_s` bounds every collective: when a rank dies, the others fail after it instead of waiting for ever. `start_timeout_s` (0:
+    `timeout_s`) bounds the wait for ranks that do not come; `give_up` is asked meanwhile.
+    Raises ValueError when a launcher started several tasks but nothing told them their ranks, or when the meeting point cannot be reached;
+    MissingRanksError, which names them, and GivenUpError.
     """
     # Must stand before DeepSpeed is imported: without an accelerator it would probe, and warn on every rank.
     if not torch.accelerator.is_available():
@@ -72,8 +76,11 @@ def init_world(timeout_s: float = 600.0) -> World:
     options: dict[str, Any] = {}
     place = place_of(os.environ) or Place(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
     device_index = _device_index(place, accelerator.device_count())
+    met = None
     if place.launcher != "none":
         _choose_interface(place)
+        # Held until the process group has a store of its own on the same port.
+        met = meet(place, start_timeout_s or timeout_s, give_up)
     if place.launcher != "environment":
         # By arguments, not by environment: child processes must not think that they are ranks of this job.
         host = f"[{place.master_addr}]" if ":" in place.master_addr else place.master_addr
@@ -87,6 +94,7 @@ def init_world(timeout_s: float = 600.0) -> World:
         verbose=False,
         **options,
     )
+    del met
     device = torch.device(accelerator.device_name(device_index))
     return World(place.rank, place.size, place.local_rank, place.local_size or 1, device)
 
@@ -136,7 +144,7 @@ def shutdown() -> None:
     if torch.distributed.is_initialized():
         import deepspeed
 
-        torch.distributed.barrier()
+        barrier("leave the job")
         deepspeed.comm.destroy_process_group()  # also forgets the groups that DeepSpeed keeps, so that a job can be joined again
         _free_cycles()
 
@@ -153,32 +161,36 @@ def _require_world() -> None:
         raise RuntimeError("no job was joined: call init_world() first")
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
+def barrier(what: str = "barrier") -> None:
+    """Wait until every rank is here. `what` names it in errors and diagnoses, as in the functions below."""
     _require_world()
-    torch.distributed.barrier()
+    with collective(what):
+        torch.distributed.barrier()
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
     """Replace `tensor` on every rank by its sum over the ranks, and return it. It must lie on the rank's device."""
     _require_world()
-    torch.distributed.all_reduce(tensor)
+    with collective(what):
+        torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def gather_object(value: Any) -> list[Any]:
+def gather_object(value: Any, what: str = "gather") -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. For small plain data (counts, names, times)."""
     _require_world()
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    with collective(what):
+        torch.distributed.all_gather_object(values, value)
     return values
 
 
-def broadcast_object(value: Any, src: int = 0) -> Any:
+def broadcast_object(value: Any, src: int = 0, what: str = "broadcast") -> Any:
     """The `value` of rank `src`, on every rank. For small plain data."""
     _require_world()
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=src)
+    with collective(what):
+        torch.distributed.broadcast_object_list(box, src=src)
     return box[0]
 
 

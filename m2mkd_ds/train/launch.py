@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,18 @@ from m2mkd_ds.config import ConfigError, LaunchConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.train.hostfile import with_meeting_point
 from m2mkd_ds.train.launch_env import KEEPALIVE, ignored_env_files, sent_environment, write_env_file
+from m2mkd_ds.train.outcome import JobRecords
+from m2mkd_ds.train.stopping import StopFlag, StopRequested, end_at_once, listening
 
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,@+")
 
 
 class LaunchError(RuntimeError):
-    """A launched job failed, or left no result; the job's own message is in the log above."""
+    """A launched job failed, or left no result; the message says what its records tell, and the job's own is in the log above."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def launch_command(launch: LaunchConfig, verb: list[str], module: str = "m2mkd_ds") -> list[str]:
@@ -92,11 +99,11 @@ def cluster_environment(base: Mapping[str, str], env_file: Path) -> dict[str, st
     return {**environment, "DS_ENV_FILE": str(env_file), "PDSH_SSH_ARGS_APPEND": ssh_options}
 
 
-def run_launched(launch: LaunchConfig, verb: list[str], run_dir: Path | None = None) -> None:
-    """Run the command to its end. Raises LaunchError when it fails; an interrupt reaches every rank.
+def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run_dir: Path, *, patience_s: float = 1800.0) -> None:
+    """Run the command to its end, which its `records` tell and not its exit code. A job over a hostfile puts launch.env into `run_dir`.
 
-    A job over a hostfile needs `run_dir`, which receives launch.env.
-
+    Raises LaunchError when it failed or was killed, StopRequested when it was stopped on request. A request that comes to this process
+    (SIGTERM, SIGINT, SIGUSR1) is handed on to the whole job, which may save for at most `patience_s`; the same signal again kills the job.
     The launcher runs in its own process group, because it leaves its ranks running when it alone is killed.
     """
     import torch
@@ -105,28 +112,55 @@ def run_launched(launch: LaunchConfig, verb: list[str], run_dir: Path | None = N
     if not torch.accelerator.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     if launch.hostfile:
-        assert run_dir is not None, "a job over a hostfile has a run folder"
         command = launch_command(with_meeting_point(launch, str(run_dir)), verb)
         environment = cluster_environment(environment, run_dir / "launch.env")
     else:
         command = launch_command(with_own_port(with_meeting_point(launch, "")), verb)
-    # A plain `kill` of the pipeline must end the ranks as Ctrl-C does; Python's default would leave them training.
-    before = signal.signal(signal.SIGTERM, _raise_exit)
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        code = process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
+    records.clear()
+    stop = StopFlag()
+    process: list[subprocess.Popen[bytes]] = []
+
+    def kill_job(number: int) -> None:
+        for job in process:
+            _signal_group(job, signal.SIGKILL)
+        end_at_once(number)
+
+    with listening(stop, (), kill_job):
+        process.append(subprocess.Popen(command, env=environment, start_new_session=True))
         try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if code != 0:
-        raise LaunchError(f"{spell(command)} failed with exit code {code}; its message is above")
+            code = _wait(process[0], stop, patience_s)
+            # Ranks that the launcher has left behind notice it, save and leave.
+            records.await_end(patience_s)
+        finally:
+            _signal_group(process[0], signal.SIGKILL)
+    ending = records.ending()
+    if ending.state == "stopped" or stop():
+        raise StopRequested(ending.phase, ending.step, stop.why or ending.text)
+    if ending.state == "failed":
+        raise LaunchError(ending.text, ending.code)
+    if code != 0 or ending.state == "running":
+        # 0 is what the launcher returns, too, when it finds its own child killed.
+        what = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        raise LaunchError(f"{spell(command)} ended with {what}; {ending.text or 'its message is above'}")
 
 
-def _raise_exit(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+def _wait(process: subprocess.Popen[bytes], stop: StopFlag, patience_s: float) -> int:
+    """The launcher's exit code. Once `stop` is set, all of the job is asked to stop."""
+    deadline = float("inf")
+    while process.poll() is None:
+        if stop() and deadline == float("inf"):
+            deadline = time.monotonic() + patience_s
+            logger.info("%s: asking the job to save and stop; the same again kills it", stop.why)
+            _signal_group(process, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _signal_group(process, signal.SIGKILL)
+        time.sleep(0.1)
+    return process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """To whoever is left of the launcher's process group."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return

@@ -17,8 +17,12 @@ from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.hostfile import with_meeting_point
 from m2mkd_ds.train.launch import LaunchError, launch_command, run_launched, spell
 from m2mkd_ds.train.nodes import Node, NodeState, build_dag, node_state, reads_teacher_file, teacher_file
+from m2mkd_ds.train.outcome import JobRecords
 from m2mkd_ds.train.preflight import as_launched, check_settings
 from m2mkd_ds.train.run_phase import RUNNABLE
+
+PATIENCE_S = 1800.0
+"""With watch.save_s=0: how long a job may save that was asked to stop."""
 
 LocalRunner = Callable[[RunContext], None]
 
@@ -123,7 +127,7 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
     """Bring the run up to date and return what was (or would be) done.
 
     `runners` brings the nodes of other rooms (export, report) by name. Raises ConfigError before any compute is spent,
-    LaunchError when a node fails or leaves no result.
+    LaunchError when a node fails or leaves no result, StopRequested when the running job was asked to stop and has saved.
     """
     ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
     planned = plan_run(ctx, until=until, only=only)
@@ -145,7 +149,9 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
         names, started = [node.name for node in nodes], time.monotonic()
         logger.info("== %s ==", ", ".join(names))
         if any(node.launched for node in nodes):
-            run_launched(config.launch, train_verb(names, config_file), config_file.parent)
+            records = JobRecords(ctx.root, names, config.watch.heartbeat_s)
+            patience_s = config.watch.save_s or PATIENCE_S
+            run_launched(config.launch, train_verb(names, config_file), records, config_file.parent, patience_s=patience_s)
         else:
             local[names[0]](ctx)
         for node in nodes:
