@@ -125,10 +125,15 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
             _signal_group(job, signal.SIGKILL)
         end_at_once(number)
 
+    # Of a cluster's job the launcher's group is pdsh and its ssh connections. They are cut: each rank sees its launcher's shell end,
+    # saves and leaves. The launcher's own way, on SIGTERM, is a pkill that ends every job of this user and environment on all hosts.
+    ask = signal.SIGKILL if launch.hostfile else signal.SIGTERM
     with listening(stop, (), kill_job):
         process.append(subprocess.Popen(command, env=environment, start_new_session=True))
         try:
-            code = _wait(process[0], stop, patience_s)
+            code = _wait(process[0], stop, ask, patience_s)
+            if launch.hostfile:
+                _signal_group(process[0], signal.SIGKILL)  # of a launcher that was killed, the connections are left
             # Ranks that the launcher has left behind notice it, save and leave.
             records.await_end(patience_s)
         finally:
@@ -144,14 +149,14 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
         raise LaunchError(f"{spell(command)} ended with {what}; {ending.text or 'its message is above'}")
 
 
-def _wait(process: subprocess.Popen[bytes], stop: StopFlag, patience_s: float) -> int:
-    """The launcher's exit code. Once `stop` is set, all of the job is asked to stop."""
+def _wait(process: subprocess.Popen[bytes], stop: StopFlag, ask: signal.Signals, patience_s: float) -> int:
+    """The launcher's exit code. Once `stop` is set, all of the job is asked to stop, by the signal `ask` to the launcher's group."""
     deadline = float("inf")
     while process.poll() is None:
         if stop() and deadline == float("inf"):
             deadline = time.monotonic() + patience_s
             logger.info("%s: asking the job to save and stop; the same again kills it", stop.why)
-            _signal_group(process, signal.SIGTERM)
+            _signal_group(process, ask)
         if time.monotonic() > deadline:
             _signal_group(process, signal.SIGKILL)
         time.sleep(0.1)
