@@ -109,7 +109,8 @@ class LaunchConfig:
     """How the pipeline calls the `deepspeed` launcher."""
 
     num_gpus: int = 0
-    """Ranks on this host (CPU ranks too); 0 leaves it to the launcher (all GPUs, or one CPU rank)."""
+    """Ranks on this host (CPU ranks too), or on each host of a hostfile; 0 leaves it to the launcher (all GPUs or one CPU rank; the
+    slots of the hostfile)."""
     hostfile: str = ""
     """Hostfile of a cluster (scripts/hostfile.example), reached over ssh by pdsh; empty for this host alone."""
     master_addr: str = ""
