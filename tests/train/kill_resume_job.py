@@ -109,7 +109,8 @@ def first(out: Path) -> None:
     errors = []
     for cap in (2, 3):
         log_as(out / f"damaged_{cap}")
-        errors.append(run(config_of(out, "damaged", shards="damaged_shards", max_bad_samples=cap), world))
+        config = config_of(out, "damaged", shards="damaged_shards", max_bad_samples=cap)
+        errors.append(run(replace(config, checkpoint=replace(config.checkpoint, after_done="last")), world))
     (out / f"errors_{world.rank}.json").write_text(json.dumps(errors))
     log_as(out / "killed", KILLED_IN)
     run(config_of(out, "killed", num_workers=1, asynchronous=True), world)
