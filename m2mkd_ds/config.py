@@ -111,7 +111,9 @@ class LaunchConfig:
     num_gpus: int = 0
     """Ranks on this host (CPU ranks too); 0 leaves it to the launcher (all GPUs, or one CPU rank)."""
     hostfile: str = ""
-    """Hostfile of a cluster; empty for this host alone."""
+    """Hostfile of a cluster (scripts/hostfile.example), reached over ssh by pdsh; empty for this host alone."""
+    master_addr: str = ""
+    """Address of the first host of the hostfile as the others reach it; empty: what its name stands for here."""
     extra: tuple[str, ...] = ()
     """Further launcher flags, word by word."""
     threads_per_rank: int = 1

@@ -53,7 +53,7 @@ class CanonicalCheckpoint:
         """All elements of a tensor in their order, in pieces of at most 16 MiB."""
         numel = self.shape(kind, name).numel()
         if kind == SHARED:
-            yield self._files.read_shared(name).flatten()
+            yield from self._files.runs_shared(name)
         else:
             yield from self._files.runs(kind, name, 0, numel)
 

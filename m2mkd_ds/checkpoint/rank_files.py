@@ -176,6 +176,10 @@ class RankFiles:
         """A frozen parameter or buffer."""
         return self.file(0).read(f"shared.{name}")
 
+    def runs_shared(self, name: str) -> Iterator[Tensor]:
+        """The same, flattened, in pieces that follow one another."""
+        return self.file(0).runs(f"shared.{name}", 0, self.shared[name].shape.numel())
+
     def runs_held(self, kind: str, layout: FlatGroup) -> Iterator[tuple[int, Tensor]]:
         """What a rank holds of one kind under another layout (`layout`, seen from it): (place in its part, elements), in order.
 

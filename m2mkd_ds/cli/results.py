@@ -12,11 +12,20 @@ import tyro
 
 from m2mkd_ds.cli.app import NONE_GIVEN, app, in_world, out
 from m2mkd_ds.config import ConfigError, RunConfig, load
+from m2mkd_ds.distributed.launched import launched_rank
 from m2mkd_ds.logs import setup_logging
 
 
 @app.command(name="eval")
-def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch_size: int = 256) -> None:
+def evaluate(
+    path: tyro.conf.Positional[Path],
+    /,
+    *,
+    validation: str = "",
+    batch_size: int = 256,
+    device_map: Literal["", "auto"] = "",
+    max_memory: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICE=SIZE", help_behavior_hint=NONE_GIVEN)] = (),
+) -> None:
     """Evaluate on every validation image exactly once: a run (all its models), one weights file of a run, or an exported folder.
 
     Under the launcher the images are shared out over the ranks: deepspeed --num_gpus 2 --module m2mkd_ds eval RUN.
@@ -25,8 +34,14 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch
         path: Run folder (holds config.yaml), a .safetensors file in it, or an exported Hugging Face folder (holds config.json).
         validation: Shards (folder or URL) to use instead of the run's own, whose results stay as they are; needed for an exported folder.
         batch_size: Images a forward pass, for an exported folder.
+        device_map: auto: spread an exported folder's model over all GPUs, the CPU and the disk of this host.
+        max_memory: With --device-map: the most that each device may hold, for example 0=10GB cpu=4GB; else what is free.
     """
     setup_logging()
+    if (device_map or max_memory) and not (path / "config.json").is_file():
+        raise ConfigError(f"--device-map and --max-memory are for an exported folder, and {path} is none; export the run first")
+    if max_memory and not device_map:
+        raise ConfigError("--max-memory says how --device-map auto spreads a model; give both")
     if path.suffix == ".safetensors" and path.is_file():
         from m2mkd_ds.train.evaluate_weights import evaluate_weights
 
@@ -43,11 +58,13 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch
 
             _evaluate_elsewhere(replace(config, data=replace(config.data, validation=absolute(validation))))
     elif (path / "config.json").is_file():
+        from m2mkd_ds.checkpoint.big_models import parse_max_memory
         from m2mkd_ds.train.evaluate_export import evaluate_export
 
         if not validation:
             raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder or URL with index.json)")
-        in_world(lambda world: evaluate_export(path, validation, batch_size, world))
+        limits = parse_max_memory(max_memory) or None
+        in_world(lambda world: evaluate_export(path, validation, batch_size, world, max_memory=limits, spread=bool(device_map)))
     else:
         raise ConfigError(
             f"{path}: neither a run folder (config.yaml), nor a .safetensors file of one, nor an exported folder (config.json)"
@@ -137,5 +154,5 @@ def print_results(run: Path) -> None:
     from m2mkd_ds.report import format_table
 
     results = run / "evaluate" / "results.json"
-    if results.is_file() and os.environ.get("RANK", "0") == "0":
+    if results.is_file() and launched_rank(os.environ) == 0:
         out(format_table(json.loads(results.read_text())))

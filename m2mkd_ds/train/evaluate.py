@@ -127,7 +127,7 @@ def evaluate(
     # Agreed on before the first pass: behind the loop, this collective would meet the passes of ranks that are still in it.
     missing = max(gather_object(len(loader), "number of batches")) - len(loader) if in_step else 0
     left = False
-    for batch in progress(loader, total=len(loader), what=what, enabled=world.rank == 0):
+    for number, batch in enumerate(progress(loader, total=len(loader), what=what, enabled=world.rank == 0)):
         with section("forward"):
             prepared = prepare(batch.images_BCHW.to(world.device, dtype))
             labels_B = batch.labels_B.to(world.device)
@@ -135,7 +135,7 @@ def evaluate(
                 _add_batch(scores[name], *forward(prepared), labels_B, batch.slot_ids_B)
         seen_N[batch.slot_ids_B] += 1
         checksum += _checksum(loader.index, batch.slot_ids_B.numpy(), batch.labels_B.numpy())
-        if left := stop() and not in_step:
+        if left := not in_step and number + 1 < len(loader) and stop():
             break
     for _ in range(missing):
         prepared = prepare(loader.no_images().to(world.device, dtype))

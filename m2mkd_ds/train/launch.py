@@ -1,6 +1,7 @@
 """The `deepspeed` command of a phase, and running it: one config path travels, nothing else.
 
-Over pdsh the launcher does not quote arguments, so only a path and plain words may be on the command line.
+Over pdsh the launcher does not quote arguments, so only a path and plain words may be on the command line. What else ranks on other
+hosts need stands in RUN/launch.env (`launch_env.py`); where they meet is settled by `hostfile.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from m2mkd_ds.config import ConfigError, LaunchConfig
 from m2mkd_ds.logs import logger
+from m2mkd_ds.train.hostfile import with_meeting_point
+from m2mkd_ds.train.launch_env import KEEPALIVE, ignored_env_files, sent_environment, write_env_file
 from m2mkd_ds.train.outcome import JobRecords
 from m2mkd_ds.train.stopping import StopFlag, StopRequested, end_at_once, listening
 
@@ -39,7 +42,8 @@ def launch_command(launch: LaunchConfig, verb: list[str]) -> list[str]:
         flags += ["--hostfile", launch.hostfile]
     # --quiet: the launcher's own dozen lines a start say nothing that the trainer's log does not.
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *flags, *launch.extra, "--module", "m2mkd_ds", *verb]
-    for word in command:
+    # The launcher changes to this folder on every host, by a line that is not quoted either.
+    for word in [*command, *([os.getcwd()] if launch.hostfile else [])]:
         if not set(word) <= SAFE:
             raise ConfigError(f"launcher argument {word!r} has a character that a remote shell would change; rename the folder or file")
     return command
@@ -73,8 +77,30 @@ def launch_environment(launch: LaunchConfig, base: Mapping[str, str]) -> dict[st
     return environment
 
 
-def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, *, patience_s: float = 1800.0) -> None:
-    """Run the command to its end, which its `records` tell and not its exit code.
+def cluster_environment(base: Mapping[str, str], env_file: Path) -> dict[str, str]:
+    """The launcher's environment for a job over a hostfile; `env_file`, what ranks elsewhere are told, is written.
+
+    Links are watched, so that one that dies ends the job. Secrets go no further than here, and the log names them. Raises ConfigError
+    for what would arrive changed (`launch_env.py`).
+    """
+    sent, secrets = sent_environment(base)
+    if secrets:
+        logger.warning(
+            "%s not sent to other hosts: the launcher would put the value on a command line; let each host read it from a file",
+            ", ".join(secrets),
+        )
+    for file in ignored_env_files(base, Path.cwd()) if "DS_ENV_FILE" not in base else []:
+        logger.warning("%s is not used; set DS_ENV_FILE to it and its lines are sent as well", file)
+    write_env_file(env_file, sent)
+    logger.info("%s: %s are sent to every host", env_file, ", ".join(sent))
+    environment = {name: value for name, value in base.items() if name not in secrets}
+    # Behind what the user has: of two settings of one option ssh takes the first.
+    ssh_options = f"{base.get('PDSH_SSH_ARGS_APPEND', '')} {KEEPALIVE}".strip()
+    return {**environment, "DS_ENV_FILE": str(env_file), "PDSH_SSH_ARGS_APPEND": ssh_options}
+
+
+def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run_dir: Path, *, patience_s: float = 1800.0) -> None:
+    """Run the command to its end, which its `records` tell and not its exit code. A job over a hostfile puts launch.env into `run_dir`.
 
     Raises LaunchError when it failed or was killed, StopRequested when it was stopped on request. A request that comes to this process
     (SIGTERM, SIGINT, SIGUSR1) is handed on to the whole job, which may save for at most `patience_s`; the same signal again kills the job.
@@ -85,7 +111,11 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, *, 
     environment = launch_environment(launch, os.environ)
     if not torch.accelerator.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = launch_command(with_own_port(launch), verb)
+    if launch.hostfile:
+        command = launch_command(with_meeting_point(launch, str(run_dir)), verb)
+        environment = cluster_environment(environment, run_dir / "launch.env")
+    else:
+        command = launch_command(with_own_port(with_meeting_point(launch, "")), verb)
     records.clear()
     stop = StopFlag()
     process: list[subprocess.Popen[bytes]] = []
