@@ -206,8 +206,7 @@ def test_the_changes_are_those_of_the_protocol_in_its_order(start: Path) -> None
 
     # Own files and their names are on the disk before the part says so.
     order(
-        other, "create rank1.bin", "write rank1.bin", "fsync rank1.bin", "fsync step-00000030.", "create .part-00001", "fsync .part-00001",
-        "rename .part-00001",
+        other, "create rank1.bin", "write rank1.bin", "fsync rank1.bin", "fsync step-00000030.", "create .part-00001", "rename .part-00001",
     )  # fmt: skip
     assert not [change for change in other if "manifest" in change or change.startswith(("mkdir", "rmdir"))]
     # The manifest is last, then the rename, then its name is forced to the disk, and only then something old is deleted.
