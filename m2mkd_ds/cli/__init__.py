@@ -16,13 +16,14 @@ import tyro
 
 from m2mkd_ds import __version__
 
-from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, bench, timm_folders, onnx  # noqa: F401  # isort: skip  (they register, in this order)
+from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, bench, timm_folders, onnx, probe  # noqa: F401  # isort: skip  (they register, in this order)
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
 _TAUGHT_VERBS: dict[str, Callable[..., None]] = {
     "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
     "onnx": onnx.onnx,
+    "probe-batch": probe.probe_batch,
 }  # fmt: skip
 """Verbs whose own --help says more than the line that lists them."""
 
