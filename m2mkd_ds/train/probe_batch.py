@@ -60,7 +60,7 @@ def probe_batch(config: RunConfig, name: str, *, memory_bytes: int | None, headr
     """Probe phase `name` on this machine.
 
     `memory_bytes`: what one rank may use; None: what is free now (of the GPU, else of the host). `headroom`: share of it that stays free.
-    Raises ConfigError for a phase that there is not (ValueError for a pair), RuntimeError with the child's words when a step fails otherwise.
+    Raises ConfigError for a phase that there is not, ValueError for a pair, RuntimeError with the child's words when a step fails.
     """
     if name not in PHASES and name != "baseline":
         raise ConfigError(f"--phase {name}: only training has batches; allowed are {', '.join((*PHASES, 'baseline'))}")
