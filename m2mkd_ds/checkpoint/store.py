@@ -1,7 +1,7 @@
 """Weights as safetensors files: written whole or not at all, equal content in equal bytes, read by slices.
 
-The rest of the store is one import away from here: `atomic.py` (JSON, checksums, the rename) and `commit.py` (folders that
-several ranks fill).
+The rest of the store is one import away from here: `atomic.py` (JSON, checksums, the rename), `commit.py` (folders that several ranks
+fill) and `manifest.py` (what such a folder holds).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, read_json, replacing, write_json_atomic
-from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint, verify_checkpoint
+from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
+from m2mkd_ds.checkpoint.manifest import verify_checkpoint
 
 __all__ = [
     "StoreError",

@@ -12,6 +12,7 @@ import tyro
 
 from m2mkd_ds.cli.app import NONE_GIVEN, app, in_world, out
 from m2mkd_ds.config import ConfigError, RunConfig, load
+from m2mkd_ds.distributed.launched import launched_rank
 from m2mkd_ds.logs import setup_logging
 
 
@@ -153,5 +154,5 @@ def print_results(run: Path) -> None:
     from m2mkd_ds.report import format_table
 
     results = run / "evaluate" / "results.json"
-    if results.is_file() and os.environ.get("RANK", "0") == "0":
+    if results.is_file() and launched_rank(os.environ) == 0:
         out(format_table(json.loads(results.read_text())))

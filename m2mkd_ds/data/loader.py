@@ -36,6 +36,7 @@ from m2mkd_ds.data_config import check_mixing
 __all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]
 
 CPU = torch.device("cpu")
+_KILLED_S = 5.0
 PREFETCH = 2
 """Batches a worker is asked for ahead."""
 
@@ -269,10 +270,19 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
 
     def __init__(self, items: Iterator[WorkerBatch | SampleError]) -> None:
         self._items: Iterator[WorkerBatch | SampleError] | None = items
+        self._processes: list[Any] = list(getattr(items, "_workers", ()))
+        """Of a DataLoader with workers."""
 
     def close(self) -> None:
-        """Drop the DataLoader's iterator, whose workers end with its last reference."""
+        """Drop the DataLoader's iterator, whose workers end with its last reference, and kill those that do not."""
         self._items = None
+        for process in self._processes:
+            # DataLoader asks, waits five seconds and sends SIGTERM, which workers ignore: one that is stuck would stay, and the
+            # interpreter would wait for it at its end.
+            if process.is_alive():
+                process.kill()
+                process.join(_KILLED_S)
+        self._processes = []
 
     def __next__(self) -> tuple[WorkerBatch, float]:
         if self._items is None:

@@ -13,7 +13,7 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.server.decode_pool import Stream
+from m2mkd_ds.teacher.server.layout_batches import Stream
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.shards_ahead import LEAD_S, ShardsAhead
 from tests.data.faulty_server import FaultyServer

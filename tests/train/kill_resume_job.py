@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from m2mkd_ds import cli
-from m2mkd_ds.config import AugmentConfig, PhaseConfig, RunConfig
+from m2mkd_ds.config import AugmentConfig, CheckpointConfig, PhaseConfig, RunConfig
 from m2mkd_ds.data.loader import ImageBatch, TrainLoader
 from m2mkd_ds.distributed.world import World, barrier, init_world
 from m2mkd_ds.recipes import get_recipe
@@ -38,7 +38,9 @@ KILLED_IN = 7
 """Slots 56 to 63, in the second epoch; the newest checkpoint is that of step 6."""
 
 
-def config_of(out: Path, name: str, *, shards: str = "shards", num_workers: int = 0, max_bad_samples: int = -1) -> RunConfig:
+def config_of(
+    out: Path, name: str, *, shards: str = "shards", num_workers: int = 0, max_bad_samples: int = -1, asynchronous: bool = False
+) -> RunConfig:
     """Everything on that could depend on rank, worker or resume: mixing, erasing, drop-path, clipping, accumulation, average."""
     base = get_recipe("tiny")
     phase = PhaseConfig(
@@ -51,7 +53,8 @@ def config_of(out: Path, name: str, *, shards: str = "shards", num_workers: int 
         base.data, augment=augment, num_classes=IMAGES, num_workers=num_workers, max_bad_samples=max_bad_samples,
         train=str(out / shards / "train"), validation=str(out / "shards" / "validation"),
     )  # fmt: skip
-    return replace(base, run_dir=str(out / name), data=data, pretrain_meta=phase)
+    checkpoint = CheckpointConfig(asynchronous=asynchronous, deadline_s=60.0)
+    return replace(base, run_dir=str(out / name), data=data, pretrain_meta=phase, checkpoint=checkpoint)
 
 
 class LoggedLoader(TrainLoader):
@@ -109,7 +112,7 @@ def first(out: Path) -> None:
         errors.append(run(config_of(out, "damaged", shards="damaged_shards", max_bad_samples=cap), world))
     (out / f"errors_{world.rank}.json").write_text(json.dumps(errors))
     log_as(out / "killed", KILLED_IN)
-    run(config_of(out, "killed", num_workers=1), world)
+    run(config_of(out, "killed", num_workers=1, asynchronous=True), world)
 
 
 def main() -> None:

@@ -84,6 +84,8 @@ def test_a_field_changes_exactly_the_nodes_that_it_matters_to(override: str, exp
         # tiny has order=global, repeats=1 and no mixing
         "data.order_window=4", "data.augment.repeat_mode=deit", "data.augment.mix_group=4", "data.augment.mix_prob=0.5",
         "data.augment.mix_switch_prob=0.1",
+        "checkpoint.asynchronous=true", "checkpoint.deadline_s=1", "checkpoint.keep_last=5", "checkpoint.keep_every=10",
+        "checkpoint.keep_best=1", "checkpoint.after_done=none",
     ],
 )  # fmt: skip
 def test_a_field_that_does_not_change_results_changes_no_node(override: str) -> None:

@@ -26,6 +26,7 @@ from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.evaluate import Output, Score, evaluate
 from m2mkd_ds.train.feeds import FeedPlan, evaluation_loader, make_feed
 from m2mkd_ds.train.job import Job, Trainee
+from m2mkd_ds.train.lineage import lineage
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.schedule import num_steps
@@ -63,9 +64,14 @@ def run_evaluation(
     *,
     in_step: bool = False,
 ) -> dict[str, Score]:
-    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
+    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks.
+
+    Raises EvaluationAbandoned, on every rank, when any was asked to stop meanwhile.
+    """
     with closing(evaluation_loader(ctx, batch_size=256)) as loader:
-        return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
+        return evaluate(
+            prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step, stop=ctx.stop
+        )  # fmt: skip
 
 
 def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
@@ -132,6 +138,9 @@ def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.M
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
+        checkpoint=ctx.config.checkpoint,
+        lineage=lineage(ctx, node, None),
+        stop=ctx.stop,
     )
 
 
@@ -188,6 +197,9 @@ def pair_job(
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
         tensorboard=ctx.config.tensorboard,
+        checkpoint=ctx.config.checkpoint,
+        lineage=lineage(ctx, node, None),
+        stop=ctx.stop,
     )  # fmt: skip
 
 
