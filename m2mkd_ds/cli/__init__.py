@@ -19,14 +19,14 @@ import tyro
 from m2mkd_ds import __version__
 
 from m2mkd_ds.cli import (  # noqa: F401  # isort: skip  (they register their verbs, which --help lists in this order)
-    run, shards, shards_check, results, timm_folders, onnx, checkpoints, few_shot, teacher, plan, bench,
+    run, shards, shards_check, results, timm_folders, onnx, checkpoints, few_shot, teacher, plan, probe, bench,
 )  # fmt: skip
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
 _TAUGHT_VERBS: dict[str, Callable[..., None]] = {
     "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
-    "onnx": onnx.onnx, "plan": plan.plan,
+    "onnx": onnx.onnx, "plan": plan.plan, "probe-batch": probe.probe_batch,
 }  # fmt: skip
 """Verbs whose own --help says more than the line that lists them."""
 
