@@ -16,7 +16,7 @@ import tyro
 
 from m2mkd_ds import __version__
 
-from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, bench  # noqa: F401  # isort: skip  (they register, in this order)
+from m2mkd_ds.cli import run, shards, shards_check, results, export, few_shot, teacher, bench  # noqa: F401  # isort: skip  (they register, in this order)
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
@@ -98,11 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"m2mkd: {err}\n")  # an optional package, and how to get it
         sys.exit(2)
     except RuntimeError as err:
+        from m2mkd_ds.checkpoint.hf_push import HubError
         from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
         from m2mkd_ds.train.launch import LaunchError
 
-        if os.environ.get("M2MKD_DEBUG") or not isinstance(err, (LaunchError, TeacherLostError, TeacherRefusedError)):
+        if os.environ.get("M2MKD_DEBUG") or not isinstance(err, (HubError, LaunchError, TeacherLostError, TeacherRefusedError)):
             raise
-        # A failed job has told its own reason above; the other two are sentences for people.
+        # A failed job has told its own reason above; the others are sentences for people.
         sys.stderr.write(f"m2mkd: {err}\n")
         sys.exit(2 if isinstance(err, TeacherRefusedError) else 1)
