@@ -51,9 +51,10 @@ The folder carries its own model code (torch and transformers only), therefore `
 def write_card(path: Path, arch: VMoEArch, *, license: str, card: Mapping[str, Any]) -> None:
     """Write README.md.
 
-    `card` keys with a meaning: `name` (title; required), `origin` (how it was trained, if not by m2mKD to the end), `dataset` (name of the training and evaluation data), `metrics` (name -> number,
-    NAME_ci -> [low, high]; `top1` and `top5` are shares of 1), `experts` (rows {block, load: routed rows by expert, entropy, drop_rate}),
-    `recipe` and `lineage` (mapping or text), `training` (rows, one a phase), `data_licence` (text). Every other key becomes a section.
+    `card` keys with a meaning: `name` (title; required), `origin` (how it was trained, where that is not m2mKD to the end), `dataset`
+    (name of the training and evaluation data), `metrics` (name -> number, NAME_ci -> [low, high]; `top1` and `top5` are shares of 1),
+    `experts` (rows {block, load: routed rows by expert, entropy, drop_rate}), `recipe` and `lineage` (mapping or text), `training` (rows,
+    one a phase), `data_licence` (text). Every other key becomes a section.
     """
     header = yaml.safe_dump(_header(license, card), sort_keys=False, allow_unicode=True)
     free = [(key.replace("_", " ").capitalize(), value) for key, value in card.items() if key not in _KNOWN_KEYS]
@@ -104,8 +105,9 @@ def _summary(arch: VMoEArch, card: Mapping[str, Any]) -> str:
     data = f" of {card['dataset']}" if card.get("dataset") else ""
     return (
         f"A Vision Mixture-of-Experts (V-MoE) image classifier with {arch.num_classes} classes{data}, "
-        f"{card.get('origin') or _ORIGIN}: {arch.num_blocks} blocks of width {arch.embed_dim}, {len(arch.moe_blocks)} of them with {arch.num_experts} experts, {_experts_a_token(arch)}; "
-        f"{total:,} parameters, {active:,} active a token; images of {arch.image_size} x {arch.image_size} pixels, patches of "
+        f"{card.get('origin') or _ORIGIN}: {arch.num_blocks} blocks of width {arch.embed_dim}, {len(arch.moe_blocks)} of them with "
+        f"{arch.num_experts} experts, {_experts_a_token(arch)}; {total:,} parameters, {active:,} active a token; images of "
+        f"{arch.image_size} x {arch.image_size} pixels, patches of "
         f"{arch.patch_size}."
     )
 

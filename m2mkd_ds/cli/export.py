@@ -68,11 +68,15 @@ def export(
             folder = export_run(config, Path(scratch) / "model", what=what, dtype=dtype)
             _push(folder, push, private=private, revision=revision, dry_run=True)
         return
-    name = "model" if (what, dtype) == ("student", "fp32") else f"{what}-{dtype}"
-    folder = export_run(config, chosen or run / "export" / name, what=what, dtype=dtype)
+    folder = export_run(config, chosen or default_target(run, what, dtype), what=what, dtype=dtype)
     out(str(folder))
     if push:
         _push(folder, push, private=private, revision=revision, dry_run=False)
+
+
+def default_target(run: Path, what: str, dtype: str) -> Path:
+    """RUN/export/model is the run's own record of its student in fp32; anything else lies beside it."""
+    return run / "export" / ("model" if (what, dtype) == ("student", "fp32") else f"{what}-{dtype}")
 
 
 def _push(folder: Path, repo: str, *, private: bool, revision: str, dry_run: bool) -> None:

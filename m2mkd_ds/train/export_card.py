@@ -1,6 +1,7 @@
 """What the model card of an exported folder tells: measured numbers, recipe, lineage, training jobs. All of it is read from the run folder.
 
-Nothing in it names a host, an address or a folder of the machine, and no date: the card is public, and a run folder gives the same bytes each time.
+Nothing in it names a host, an address or a folder of the machine: the card is public. Nor a date: a run folder gives the same bytes
+each time.
 """
 
 from __future__ import annotations
