@@ -59,6 +59,8 @@ class FakeHub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.damage_uploads = False
         """Change a byte of every large upload on its way."""
+        self.damage_commits = False
+        """Store another README.md than was sent, and say nothing."""
         self.hang_up_at = ""
         """Close the connection without an answer where a request's path holds this text."""
 
@@ -271,6 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
                 summary = value["summary"]
             elif kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+                if self.server.damage_commits and value["path"] == "README.md":
+                    files[value["path"]] = files[value["path"]].swapcase()
             elif kind == "lfsFile":
                 if value["oid"] not in self.server.objects:
                     return self._error(400, f"LFS object {value['oid']} was not uploaded")

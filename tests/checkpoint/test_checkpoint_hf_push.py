@@ -144,11 +144,15 @@ def test_what_the_user_can_mend_is_one_sentence(hub: FakeHub, folder: Path, tmp_
     assert {name: dict(repo.branches) for name, repo in hub.repos.items()} == before and not hub.objects
 
 
-def test_a_damaged_upload_is_not_committed(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_upload_is_not_committed_and_a_damaged_commit_is_found(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     hub.damage_uploads = True
     ((kind, text),) = pushes(folder, hub.url, tmp_path / "home", ("me/vmoe", False, "main", "hf_token_of_me"))
     assert kind == "HubError" and text.startswith("me/vmoe: the hub answered 400 (") and text.endswith("; push again later")
     assert len(hub.repos["me/vmoe"].branches["main"]) == 1
+    hub.damage_uploads, hub.damage_commits = False, True
+    ((kind, text),) = pushes(folder, hub.url, tmp_path / "home", ("me/vmoe", False, "main", "hf_token_of_me"))
+    commit = hub.repos["me/vmoe"].branches["main"][-1].oid
+    assert (kind, text) == ("HubError", f"me/vmoe: the hub holds another README.md than was sent (commit {commit}); push it again")
 
 
 def test_a_connection_that_ends_before_the_commit_leaves_no_commit(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
