@@ -16,7 +16,7 @@ import tyro
 
 from m2mkd_ds import __version__
 
-from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, plan, bench  # noqa: F401  # isort: skip  (they register, in this order)
+from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, plan, bench, bench_memory  # noqa: F401  # isort: skip  (they register, in this order)
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
