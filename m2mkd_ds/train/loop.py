@@ -97,7 +97,8 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
                 for trainee in active:
                     trainee.pending |= {"data/wait_share": fed.wait_s / (now - clock), "data/fallbacks": fed.fallbacks, **of_feed}
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
-                    trainee.pending["data/fallbacks"] = round(trainee.pending["data/fallbacks"] * job.world.size)
+                    for name in ("data/fallbacks", *(key for key in of_feed if key.startswith("data/cache_"))):
+                        trainee.pending[name] = round(trainee.pending[name] * job.world.size)  # a sum, not a mean
                     trainee.pending.update(lr=_learning_rate(job, step), images_per_second=since_log / (now - clock), time_s=now - began)
                     trainee.pending["data/bad_samples"] = bad.total
                 clock, since_log, fed = now, 0, Fed()
