@@ -60,8 +60,7 @@ def train(job: Job) -> None:
     _announce(job, start)
     for trainee in job.trainees if job.world.is_main else ():
         trainee.metrics = MetricsWriter(trainee.folder / "metrics.jsonl", resume_step=trainee.step)
-        if job.tensorboard:
-            trainee.metrics.attach_tensorboard(trainee.folder / "tensorboard")
+        trainee.trackers = job.open_trackers(trainee)
     bad = BadSampleList(
         job.folder / FILE_NAME, cap=job.max_bad_samples, world=job.world, what=job.phase_name, start_step=start,
         others=lists_of_phase(job.folder),
@@ -77,6 +76,8 @@ def train(job: Job) -> None:
         for trainee in job.trainees:
             if trainee.metrics is not None:
                 trainee.metrics.close()
+            if trainee.trackers is not None:
+                trainee.trackers.finish()
 
 
 def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> None:
@@ -111,7 +112,10 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
                 clock, since_log, fed = time.monotonic(), 0, Fed()  # throughput is that of training alone
             for trainee in active:
                 if trainee.metrics is not None and trainee.pending:
-                    trainee.metrics.write({"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending})
+                    record = {"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending}
+                    trainee.metrics.write(record)
+                    if trainee.trackers is not None:
+                        trainee.trackers.log(record)
                 if is_saved:
                     save(trainee, job)
             bar.advance(note=_note(active))
