@@ -38,13 +38,13 @@ def stop_config(out: Path, name: str) -> RunConfig:
     base = config_of(out, name, num_workers=1)
     return replace(
         base, pretrain_meta=replace(base.pretrain_meta, eval_epochs=0.87), launch=LaunchConfig(num_gpus=2),
-        watch=WatchConfig(heartbeat_s=0.5, step_s=LIMIT_S, start_s=120.0),
+        watch=WatchConfig(heartbeat_s=0.5, step_s=LIMIT_S, start_s=400.0),
     )  # fmt: skip
 
 
 def wait_for_the_test(mark: Path) -> None:
     mark.with_name(f"{mark.name}.ready.{RANK}").touch()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not mark.with_name(f"{mark.name}.go").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
 
