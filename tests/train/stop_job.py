@@ -2,8 +2,9 @@
 
     python stop_job.py OUT NAME PLACE pipeline ...    the verb `pipeline`, whose launched ranks run this script too
     python stop_job.py OUT NAME PLACE train ...       a rank (or, by a launcher, all of them)
-PLACE: `free`, `nan:N` (a loss that is no number in step N), `step:N` (every rank waits before it learns from its last micro-batch of step N), or `evaluate` (behind the first batch of
-an evaluation). A rank that waits makes OUT/NAME.ready.RANK and goes on when OUT/NAME.go is there.
+PLACE: `free`; `nan:N` (in step N, a loss that is no number); `step:N` (every rank waits before it learns from its last micro-batch of
+step N); `evaluate` (behind the first batch of an evaluation). A rank that waits makes OUT/NAME.ready.RANK and goes on when OUT/NAME.go is
+there.
 """
 
 from __future__ import annotations
