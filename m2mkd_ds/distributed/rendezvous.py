@@ -2,7 +2,7 @@
 
     rank r: here/<r> = host name      rank 0: verdict = "" when all are there, else the sentence that names the missing ones
 
-Through a store of its own at MASTER_ADDR:MASTER_PORT: the process group's store counts who has come, and knows no names.
+Through a store of its own at the job's meeting point: the process group's store counts who has come, and knows no names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed
+
+from m2mkd_ds.distributed.launched import Place
 
 _log = logging.getLogger("m2mkd_ds")
 
@@ -56,16 +58,16 @@ class _Call:
             raise GivenUpError(_GIVEN_UP)
 
 
-def meet(rank: int, size: int, timeout_s: float, give_up: Callable[[], bool]) -> torch.distributed.Store:
-    """Wait until all `size` ranks have come. Keep what is returned until the process group has been made.
+def meet(place: Place, timeout_s: float, give_up: Callable[[], bool]) -> torch.distributed.Store:
+    """Wait until all ranks have come. Keep what is returned until the process group has been made.
 
     Raises MissingRanksError on every rank that is there when some are missing after `timeout_s`, and GivenUpError.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    call = _Call(rank, size, host, port, timeout_s, time.monotonic() + timeout_s, give_up)
+    deadline = time.monotonic() + timeout_s
+    call = _Call(place.rank, place.size, place.master_addr, place.master_port, timeout_s, deadline, give_up)
     store = torch.distributed.PrefixStore(_attempt(), _open(call))
-    store.set(f"here/{rank}", socket.gethostname())
-    if rank == 0:
+    store.set(f"here/{place.rank}", socket.gethostname())
+    if place.rank == 0:
         _call_the_roll(store, call)
     else:
         _await_verdict(store, call)

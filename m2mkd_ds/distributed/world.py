@@ -1,8 +1,8 @@
 """The job: which rank this process is, its device, and the few collectives that code outside the engine needs.
 
 A process may come from the `deepspeed` launcher, from any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT (torchrun), or from no launcher at all: then the job has one rank. DeepSpeed is imported inside functions, so
-importing this file costs nothing.
+MASTER_PORT (torchrun), from srun, or from no launcher at all: then the job has one rank (`launched.py`). DeepSpeed is imported
+inside functions, so importing this file costs nothing.
 """
 
 from __future__ import annotations
@@ -22,18 +22,13 @@ import torch
 import torch.distributed
 
 from m2mkd_ds.distributed.activity import collective
+from m2mkd_ds.distributed.interface import interface_towards
+from m2mkd_ds.distributed.launched import Place, place_of
 from m2mkd_ds.distributed.rendezvous import meet
 
 logger = logging.getLogger("m2mkd_ds")
 
 Precision = Literal["fp32", "bf16"]
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets for every rank."""
-
-_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Number of tasks as srun and mpirun tell it; they set none of the variables above."""
-
 
 @dataclass(frozen=True)
 class World:
@@ -58,8 +53,8 @@ def init_world(timeout_s: float = 600.0, *, start_timeout_s: float = 300.0, give
 
     `timeout_s` bounds every collective: when a rank dies, the others fail after it instead of waiting for ever. `start_timeout_s` (0:
     `timeout_s`) bounds the wait for ranks that do not come; `give_up` is asked meanwhile.
-    Raises ValueError when srun or mpirun started several tasks but nothing told them their ranks, MissingRanksError, which names them,
-    and GivenUpError.
+    Raises ValueError when a launcher started several tasks but nothing told them their ranks, or when the meeting point cannot be reached;
+    MissingRanksError, which names them, and GivenUpError.
     """
     # Must stand before DeepSpeed is imported: without an accelerator it would probe, and warn on every rank.
     if not torch.accelerator.is_available():
@@ -79,17 +74,19 @@ def init_world(timeout_s: float = 600.0, *, start_timeout_s: float = 300.0, give
 
     accelerator = get_accelerator()
     options: dict[str, Any] = {}
-    if was_launched(os.environ):
-        rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    place = place_of(os.environ) or Place(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
+    device_index = _device_index(place, accelerator.device_count())
+    met = None
+    if place.launcher != "none":
+        _choose_interface(place)
         # Held until the process group has a store of its own on the same port.
-        met = meet(rank, size, start_timeout_s or timeout_s, give_up)
-    else:
-        rank, size, local_rank, local_size, met = 0, 1, 0, 1, None
-        # By arguments, not by environment: child processes must not think that they are rank 0 of this job.
-        options = {"init_method": f"tcp://127.0.0.1:{_free_port()}", "rank": rank, "world_size": size}
-        os.environ["LOCAL_RANK"] = "0"  # deepspeed.initialize asks for this one in any case
-    accelerator.set_device(local_rank)
+        met = meet(place, start_timeout_s or timeout_s, give_up)
+    if place.launcher != "environment":
+        # By arguments, not by environment: child processes must not think that they are ranks of this job.
+        host = f"[{place.master_addr}]" if ":" in place.master_addr else place.master_addr
+        options = {"init_method": f"tcp://{host}:{place.master_port}", "rank": place.rank, "world_size": place.size}
+        os.environ["LOCAL_RANK"] = str(device_index)  # deepspeed.initialize asks for this one in any case
+    accelerator.set_device(device_index)
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
@@ -98,26 +95,29 @@ def init_world(timeout_s: float = 600.0, *, start_timeout_s: float = 300.0, give
         **options,
     )
     del met
-    return World(rank, size, local_rank, local_size, torch.device(accelerator.device_name(local_rank)))
+    device = torch.device(accelerator.device_name(device_index))
+    return World(place.rank, place.size, place.local_rank, place.local_size or 1, device)
 
 
 def was_launched(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher set the variables of a rank; false for a process that stands alone.
+    """Whether a launcher told this process its rank; false for one that stands alone. Raises ValueError as `place_of` does."""
+    return place_of(environ) is not None
 
-    Raises ValueError when some variables are missing, or when the process is one of several tasks of srun or mpirun.
-    """
-    missing = [name for name in LAUNCHER_VARIABLES if name not in environ]
-    if not missing:
-        return True
-    if "RANK" in environ or "WORLD_SIZE" in environ:
-        raise ValueError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start by `deepspeed` or torchrun")
-    for name in _TASK_COUNTS:
-        if int(environ.get(name) or 1) > 1:
-            raise ValueError(
-                f"{name} is {environ[name]}, so this is one task of several, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
-                "MASTER_PORT are not set: export them for every task, or start by `deepspeed` with a hostfile"
-            )
-    return False
+
+def _choose_interface(place: Place) -> None:
+    """Name the interface of the collectives, unless the user did: the one towards the meeting point, looked up on each host."""
+    wanted = {"GLOO_SOCKET_IFNAME": "{}"}
+    if torch.cuda.is_available() and place.spans_hosts:
+        wanted["NCCL_SOCKET_IFNAME"] = "={}"  # with `=`, eth1 does not mean eth10 as well
+    unset = {variable: form for variable, form in wanted.items() if variable not in os.environ}
+    name = interface_towards(place.master_addr, spans_hosts=place.spans_hosts) if unset else None
+    if name is not None:
+        os.environ.update({variable: form.format(name) for variable, form in unset.items()})
+
+
+def _device_index(place: Place, visible: int) -> int:
+    """Which of the visible devices is this rank's. Slurm may show each task its own device only, as number 0."""
+    return 0 if place.launcher == "slurm" and visible == 1 else place.local_rank
 
 
 def _import_functional_collectives() -> None:

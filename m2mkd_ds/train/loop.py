@@ -7,7 +7,6 @@ that a job for each of them would give.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,10 @@ from m2mkd_ds.train.balance import Loads, add_loads, balance_routers
 from m2mkd_ds.train.evaluations import catch_up, evaluate_at_step, owed_evaluations, steps_between_evaluations, write_metrics
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.ledger import SlotLedger
-from m2mkd_ds.train.resume import resume, save
-from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
+from m2mkd_ds.train.micro_seed import seed_micro_batch
+from m2mkd_ds.train.resume import resume
+from m2mkd_ds.train.saving import Saver
+from m2mkd_ds.train.schedule import scaled_lr
 from m2mkd_ds.train.stopping import StopRequested
 
 
@@ -66,8 +67,7 @@ def train(job: Job) -> None:
     _announce(job, start)
     for trainee in job.trainees if job.world.is_main else ():
         trainee.metrics = MetricsWriter(trainee.folder / "metrics.jsonl", resume_step=trainee.step)
-        if job.tensorboard:
-            trainee.metrics.attach_tensorboard(trainee.folder / "tensorboard")
+        trainee.trackers = job.open_trackers(trainee)
     try:
         if owed:
             catch_up(job, owed)
@@ -77,6 +77,8 @@ def train(job: Job) -> None:
         for trainee in job.trainees:
             if trainee.metrics is not None:
                 trainee.metrics.close()
+            if trainee.trackers is not None:
+                trainee.trackers.finish()
 
 
 def _run_from(job: Job, start: int) -> None:
@@ -85,17 +87,21 @@ def _run_from(job: Job, start: int) -> None:
         others=lists_of_phase(job.folder),
     )  # fmt: skip
     feed = job.make_feed(start)
+    saver = Saver(job)
     try:
         with section("train", limit="step"):
-            _run_steps(job, feed, start, bad)
+            _run_steps(job, feed, start, bad, saver)
+        with section("save", limit="save"):
+            saver.wait()
         if bad.total:
             logger.warning("%s: %d damaged samples were replaced (%s); list: %s", job.phase_name, bad.total, bad.summary(), bad.file)
     finally:
+        saver.close()
         feed.close()
         bad.close()
 
 
-def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> None:
+def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, saver: Saver) -> None:
     eval_every = steps_between_evaluations(job)
     began = clock = time.monotonic()
     since_log, fed = 0, Fed()
@@ -105,7 +111,7 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
             # A trainee that was trained further elsewhere waits until the others have caught up.
             active = [trainee for trainee in job.trainees if trainee.step == step]
             log = step % job.phase.log_steps == 0 or step + 1 == job.total_steps
-            stopping = _train_step(job, feed, active, step, log, bad, fed, ledger)
+            stopping = _train_step(job, feed, active, step, log, bad, fed, ledger, saver)
             since_log += job.global_batch_size
             if log:
                 now = time.monotonic()
@@ -113,37 +119,42 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList) -> N
                 for trainee in active:
                     trainee.pending |= {"data/wait_share": fed.wait_s / (now - clock), "data/fallbacks": fed.fallbacks, **of_feed}
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
-                    trainee.pending["data/fallbacks"] = round(trainee.pending["data/fallbacks"] * job.world.size)
-                    trainee.pending.update(lr=_learning_rate(job, step), images_per_second=since_log / (now - clock), time_s=now - began)
+                    for name in ("data/fallbacks", *(key for key in of_feed if key.startswith("data/cache_"))):
+                        trainee.pending[name] = round(trainee.pending[name] * job.world.size)  # a sum, not a mean
+                    trainee.pending.update(lr=job.learning_rate(step), images_per_second=since_log / (now - clock), time_s=now - began)
                     trainee.pending["data/bad_samples"] = bad.total
                 clock, since_log, fed = now, 0, Fed()
             done = step + 1
             # An evaluation that a stop leaves out is made up for at the next start (evaluations.py).
-            if not stopping and (done == job.total_steps or (eval_every and done % eval_every == 0)):
+            is_evaluated = not stopping and (done == job.total_steps or (eval_every > 0 and done % eval_every == 0))
+            if is_evaluated:
                 stopping = not evaluate_at_step(job, active)
                 clock, since_log, fed = time.monotonic(), 0, Fed()  # throughput is that of training alone
-            is_saved = stopping or done % job.phase.checkpoint_steps == 0 or done == job.total_steps
+            is_saved = stopping or saver.is_due(done, is_evaluated=is_evaluated)
             if is_saved or _ends_epoch(job, done):
                 ledger.check(done)  # before the weights are saved: a checkpoint holds none that were trained otherwise
             for trainee in active:
                 write_metrics(job, trainee, done)
                 if is_saved:
                     with section("save", limit="save", step=done):
-                        save(trainee, job)
+                        saver.save(trainee, score=trainee.pending.get("eval/top1"))
             bar.advance(note=_note(active))
             if stopping:
+                with section("save", limit="save", step=done):
+                    saver.wait()
                 raise StopRequested(job.phase_name, done, job.stop.why or "asked of another rank")
 
 
 def _train_step(
-    job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList, fed: Fed, ledger: SlotLedger
+    job: Job, feed: TeacherFeed, active: list[Trainee], step: int, log: bool, bad: BadSampleList, fed: Fed, ledger: SlotLedger,
+    saver: Saver,
 ) -> bool:
     """One optimizer step of every active trainee: accumulate micro-batches, agree that all losses are finite and the data good, step.
 
     Returns whether any rank was asked to stop; the same on all of them.
     """
     phase, world, layout = job.phase, job.world, job.layout
-    lr = _learning_rate(job, step)
+    lr = job.learning_rate(step)
     found: list[BadSample] = []
     lost = ""
     losses: list[tuple[str, range, Tensor]] = []
@@ -170,7 +181,7 @@ def _train_step(
                 loads[trainee.name] = add_loads(loads[trainee.name], output.load)
         if last:
             with section("agree", step=step + 1):
-                stopping = _agree(losses, found, lost, step, world, bad, job.stop())
+                stopping = _agree(losses, found, lost, step, world, bad, saver, job.stop())
         for trainee in active:
             with section("optimizer step", may_wait=True, step=step + 1, pair=trainee.pair):
                 grad_norm = trainee.engine.step(lr)
@@ -206,14 +217,19 @@ def _after_optimizer_step(trainee: Trainee, step: int, grad_norm: float | None) 
 
 
 def _agree(
-    losses: list[tuple[str, range, Tensor]], found: list[BadSample], lost: str, step: int, world: World, bad: BadSampleList, stop: bool
+    losses: list[tuple[str, range, Tensor]], found: list[BadSample], lost: str, step: int, world: World, bad: BadSampleList,
+    saver: Saver, stop: bool,
 ) -> bool:
     """Before the optimizer step, in one sum over the ranks: did any see a NaN or infinite loss (trainee, slots, loss), damaged samples,
-    or a lost batch? Then every rank raises, or records them. And was any asked to stop? Returns that, the same on every rank."""
+    a lost batch, or an earlier checkpoint fail? Then every rank raises, or records them. And was any asked to stop? Returns that, the
+    same on every rank."""
     bad_losses = ~torch.isfinite(torch.stack([loss for _, _, loss in losses]))
-    told = [torch.full_like(bad_losses[0], number, dtype=torch.int64) for number in (len(found) + bool(lost), int(stop))]
+    of_host = (len(found) + bool(lost), int(saver.has_failed()), int(stop))
+    told = [torch.full_like(bad_losses[0], number, dtype=torch.int64) for number in of_host]
     counts = torch.stack([bad_losses.sum(), *told]).to(world.device)
-    not_finite, damaged, stopping = all_reduce_sum(counts, "agree on losses").tolist()  # the step's one host sync
+    not_finite, damaged, unsaved, stopping = all_reduce_sum(counts, "agree on losses").tolist()  # the step's one host sync
+    if unsaved:
+        saver.raise_failure()
     if damaged:
         bad.add(step + 1, found, lost)
     if not_finite:
@@ -224,24 +240,6 @@ def _agree(
         where = "; ".join(f"{name}: slots {slots}" for name, slots in here.items()) or "on another rank"
         raise NonFiniteLossError(f"loss is NaN or infinite at step {step} ({where}); no weight was changed in this step")
     return bool(stopping)
-
-
-def seed_micro_batch(seed: int, phase: str, pair: int, first_slot: int) -> None:
-    """Make drop-path (and router noise) a function of (seed, phase, pair, slots), never of rank, resume or company."""
-    digest = hashlib.blake2b(f"{seed}/{phase}/{pair}/{first_slot}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _learning_rate(job: Job, step: int) -> float:
-    phase = job.phase
-    return lr_at(
-        step,
-        total_steps=job.total_steps,
-        warmup_steps=num_warmup_steps(phase, job.num_images, job.global_batch_size),
-        peak=scaled_lr(phase, job.global_batch_size),
-        min_lr=phase.min_lr,
-        warmup_lr=phase.warmup_lr,
-    )
 
 
 def _ends_epoch(job: Job, done: int) -> bool:

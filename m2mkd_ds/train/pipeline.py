@@ -14,6 +14,7 @@ from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import format_seconds, logger
 from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
+from m2mkd_ds.train.hostfile import with_meeting_point
 from m2mkd_ds.train.launch import LaunchError, launch_command, run_launched, spell
 from m2mkd_ds.train.nodes import Node, NodeState, build_dag, node_state, reads_teacher_file, teacher_file
 from m2mkd_ds.train.outcome import JobRecords
@@ -115,7 +116,8 @@ def describe_plan(ctx: RunContext, planned: list[Planned]) -> str:
     for nodes in group([item.node for item in planned if item.action == "run"], one_job=ctx.config.launch.one_job):
         if any(node.launched for node in nodes):
             names = [node.name for node in nodes]
-            commands.append(spell(launch_command(ctx.config.launch, train_verb(names, config_file))))
+            launch = with_meeting_point(ctx.config.launch, str(ctx.root.resolve()))
+            commands.append(spell(launch_command(launch, train_verb(names, config_file))))
         else:
             commands.append(f"(in this process) {nodes[0].name}")
     return "\n".join([*lines, *(["", "commands:", *commands] if commands else [])])
@@ -148,7 +150,8 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
         logger.info("== %s ==", ", ".join(names))
         if any(node.launched for node in nodes):
             records = JobRecords(ctx.root, names, config.watch.heartbeat_s)
-            run_launched(config.launch, train_verb(names, config_file), records, patience_s=config.watch.save_s or PATIENCE_S)
+            patience_s = config.watch.save_s or PATIENCE_S
+            run_launched(config.launch, train_verb(names, config_file), records, config_file.parent, patience_s=patience_s)
         else:
             local[names[0]](ctx)
         for node in nodes:
