@@ -59,7 +59,7 @@ def describe_parameters(
         if p.requires_grad:
             shape = (p.shape[0] * ep_size_of[name], *p.shape[1:]) if ep_size_of[name] > 1 else tuple(p.shape)
             found.append(Parameter(name, shape, family_of[name], name in of_experts))
-        elif name in of_experts and parallel_layers(module):
+        elif name in of_experts and any(layer.groups.size > 1 for layer in parallel_layers(module).values()):
             raise ValueError(f"{name} is frozen and spread over ranks, which no rank could save; set ep_size to 1")
     return tuple(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from m2mkd_ds.checkpoint.canonical import SHARED, CanonicalCheckpoint
+from m2mkd_ds.checkpoint.consolidate import consolidate
 from m2mkd_ds.checkpoint.manifest import hash_files, write_manifest
 from m2mkd_ds.checkpoint.rank_files import Description, Parameter, write_rank_file
 from m2mkd_ds.checkpoint.reshard import laid_out_for, reshard
-from m2mkd_ds.checkpoint.store import StoreError, latest_checkpoint, verify_checkpoint
+from m2mkd_ds.checkpoint.store import StoreError, commit_checkpoint, latest_checkpoint, verify_checkpoint
 from tests.checkpoint.checkpoint_maker import KINDS, SHAPES, make_checkpoint, make_state
 
 # (ep, dp, ZeRO stage)
@@ -155,6 +157,22 @@ def test_a_killed_reshard_leaves_no_checkpoint_and_a_save_clears_it(tmp_path: Pa
     assert latest_checkpoint(root) is None
     with pytest.raises(StoreError, match="step-00000007.tmp: left by a command that was killed"):
         reshard(folder, root / "step-00000007", ep_size=1, data_size=1)
+    commit_checkpoint(root, 8, lambda place: hash_files(place), {})
+    assert [path.name for path in root.iterdir()] == ["step-00000008"]
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "step-00000007", make_state(), ep_size=1, data_size=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="out: not written .*; free space or choose another folder"):
+            reshard(folder, tmp_path / "out", ep_size=1, data_size=1)
+        with pytest.raises(StoreError, match="out.safetensors: not written"):
+            consolidate(folder, tmp_path / "out.safetensors", what="all")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
 
 
 PEAK = """

@@ -31,14 +31,14 @@ from m2mkd_ds.distributed.suspects import Observer
 from m2mkd_ds.distributed.watchdog import HANG_CODE
 
 HERE = socket.gethostname()
-WAITING = Snapshot((Section("agree on losses", True, "", {"step": 12}),), 0.0)
+WAITING = Snapshot((Section("agree on losses", True, True, "", {"step": 12}),), 0.0)
 
 
 def heartbeat(rank: int, **changed: object) -> Heartbeat:
     """A rank on another host that waits where this one does."""
     base = Heartbeat(
         launch="L", rank=rank, host="node2", pid=1, pid_started="1", beat=1, time=time.time(), step=12, section="agree on losses",
-        describes=WAITING.describe(), is_collective=True, since_s=3.0,
+        describes=WAITING.describe(), may_wait=True, since_s=3.0,
     )  # fmt: skip
     return replace(base, **changed)  # type: ignore[arg-type]
 
@@ -87,7 +87,7 @@ def test_an_error_keeps_the_innermost_section_that_it_was_raised_in() -> None:
 def test_a_backend_s_error_in_a_collective_names_the_collective() -> None:
     message = r"^collective `agree on losses` failed: connection closed by peer$"
     with pytest.raises(CollectiveError, match=message), collective("agree on losses"):
-        raise RuntimeError("connection closed by peer\nframe #0: ...")
+        raise RuntimeError("[/src/pair.cc:561] connection closed by peer\nframe #0: ...")
 
 
 def test_a_rank_that_failed_by_itself_is_the_suspect_before_any_other(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_process_of_this_host_that_has_gone_is_known_at_once(tmp_path: Path) -
 
 def test_a_silent_rank_is_named_with_its_last_section(tmp_path: Path) -> None:
     write_record(heartbeat_file(tmp_path, 1), heartbeat(1, time=time.time() - 30, describes="`forward` of step 12, pair 0"))
-    alive = heartbeat(2, describes="`backward` of step 12", is_collective=False, since_s=99.0)
+    alive = heartbeat(2, describes="`backward` of step 12", may_wait=False, since_s=99.0)
     text = suspect(tmp_path, size=3, alive=alive)
     assert text.startswith("rank 1 on node2 has not been heard of for 3") and text.endswith("last seen in `forward` of step 12, pair 0")
 
@@ -122,8 +122,8 @@ def test_a_silent_rank_is_named_with_its_last_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "size", "expected"),
     [
-        ({"describes": "`wait for data` of step 12", "is_collective": False}, 2, "rank 1 on node2 stays in `wait for data` of"),
-        ({"describes": "collective `barrier` of step 12"}, 2, "rank 1 on node2 waits in another collective `barrier` of step 12: "),
+        ({"describes": "`wait for data` of step 12", "may_wait": False}, 2, "rank 1 on node2 stays in `wait for data` of"),
+        ({"describes": "collective `barrier` of step 12"}, 2, "rank 1 on node2 waits elsewhere, in collective `barrier` of"),
         ({}, 2, "all ranks are there and wait in the same place: is the network between them down?"),
         ({}, 3, "rank 2 has never been heard of"),
     ],
