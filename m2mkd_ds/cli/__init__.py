@@ -19,14 +19,14 @@ import tyro
 from m2mkd_ds import __version__
 
 from m2mkd_ds.cli import (  # noqa: F401  # isort: skip  (they register their verbs, which --help lists in this order)
-    run, shards, shards_check, results, timm_folders, onnx, checkpoints, few_shot, teacher, plan, bench,
+    run, shards, shards_check, results, export, timm_folders, onnx, checkpoints, few_shot, teacher, plan, probe, bench, bench_memory,
 )  # fmt: skip
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
 _TAUGHT_VERBS: dict[str, Callable[..., None]] = {
     "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
-    "onnx": onnx.onnx, "plan": plan.plan,
+    "onnx": onnx.onnx, "plan": plan.plan, "probe-batch": probe.probe_batch,
 }  # fmt: skip
 """Verbs whose own --help says more than the line that lists them."""
 
@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _code_of_known(err: RuntimeError) -> int | None:
     """The exit code for errors whose text is a sentence for people; None for others, which keep their traceback."""
+    from m2mkd_ds.checkpoint.hf_push import HubError
     from m2mkd_ds.distributed.rendezvous import MissingRanksError
     from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
     from m2mkd_ds.train.guard import PeerLostError
@@ -129,6 +130,6 @@ def _code_of_known(err: RuntimeError) -> int | None:
 
     if isinstance(err, (LaunchError, NonFiniteLossError, PeerLostError)):
         return err.exit_code
-    if isinstance(err, (MissingRanksError, TeacherLostError)):
+    if isinstance(err, (HubError, MissingRanksError, TeacherLostError)):
         return 1
     return 2 if isinstance(err, TeacherRefusedError) else None

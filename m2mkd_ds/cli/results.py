@@ -1,9 +1,10 @@
-"""The verbs that use what a run has made: eval, export, report, import; and doctor, for what this machine has."""
+"""The verbs that use what a run has made: eval, report, import; and doctor, for what this machine has."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -81,28 +82,6 @@ def _evaluate_elsewhere(config: RunConfig) -> None:
 
 
 @app.command
-def export(
-    run: tyro.conf.Positional[Path],
-    /,
-    *,
-    out_dir: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
-    dtype: Literal["fp32", "bf16"] = "fp32",
-) -> None:
-    """Write the final student as a Hugging Face folder that loads with trust_remote_code=True.
-
-    Args:
-        run: Run folder.
-        out_dir: Target folder; RUN/export/model by default.
-        dtype: The dtype of the stored weights.
-    """
-    from m2mkd_ds.train.export_run import export_run
-
-    setup_logging()
-    config = replace(load(run / "config.yaml"), run_dir=str(run.resolve()))
-    out(str(export_run(config, out_dir or run / "export" / "model", dtype=dtype)))
-
-
-@app.command
 def report(run: tyro.conf.Positional[Path], /) -> None:
     """Build RUN/report (HTML, Markdown, JSON) from what the run has produced so far.
 
@@ -142,11 +121,37 @@ def import_checkpoint(
 
 
 @app.command
-def doctor() -> None:
-    """Say what this machine has: versions, devices, precision, optional parts and why they are absent."""
-    from m2mkd_ds.train.doctor import describe_machine
+def doctor(
+    *,
+    cluster: Path | None = None,
+    config: Path | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Say what this machine has: versions, devices, precision, optional parts and why they are absent; or examine a cluster.
 
-    out(describe_machine())
+    A cluster is examined over ssh, all hosts at once: environment, versions, clocks, devices, network, folders; then a small job is
+    started over all of them, which checks an all-reduce and an all-to-all and says how fast they are. Exit code 1 if anything is wrong.
+
+    Args:
+        cluster: Hostfile of the cluster to examine instead of this machine.
+        config: With --cluster: RUN/config.yaml of a run, whose folder and shards every host must see.
+        as_json: With --cluster: print JSON.
+    """
+    if cluster is None:
+        if config or as_json:
+            raise ConfigError("doctor: --config and --json belong to --cluster HOSTFILE")
+        from m2mkd_ds.train.doctor import describe_machine
+
+        out(describe_machine())
+        return
+    from m2mkd_ds.train.cluster_doctor.run import diagnose
+
+    setup_logging()
+    resolved = replace(load(config), run_dir=str(config.resolve().parent)) if config else None
+    found = diagnose(cluster, resolved)
+    out(found.as_json() if as_json else found.text())
+    if found.problems:
+        sys.exit(1)
 
 
 def print_results(run: Path) -> None:

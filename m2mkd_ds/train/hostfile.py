@@ -50,6 +50,10 @@ def with_meeting_point(launch: LaunchConfig, run: str) -> LaunchConfig:
         if launch.master_addr:
             raise ConfigError(f"launch.master_addr is {launch.master_addr}, but launch.hostfile is empty: ranks of this host need none")
         return launch
+    # The launcher itself would start so many ranks whatever the slots say.
+    short = [f"{host} slots={slots}" for host, slots in read_hostfile(Path(launch.hostfile)).items() if slots < launch.num_gpus]
+    if short:
+        raise ConfigError(f"launch.num_gpus is {launch.num_gpus}, but {launch.hostfile} has {short[0]}; 0 means as many as slots")
     given = {word.partition("=")[0] for word in launch.extra}
     flags: list[str] = []
     if "--master_addr" in given:

@@ -27,6 +27,10 @@ from m2mkd_ds.train.stopping import StopFlag, StopRequested, end_at_once, listen
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,@+")
 
 
+LEAVE_S = 15.0
+"""How long processes of a job that has ended may take to leave."""
+
+
 class LaunchError(RuntimeError):
     """A launched job failed, or left no result; the message says what its records tell, and the job's own is in the log above."""
 
@@ -35,13 +39,13 @@ class LaunchError(RuntimeError):
         self.exit_code = exit_code
 
 
-def launch_command(launch: LaunchConfig, verb: list[str]) -> list[str]:
-    """`deepspeed [flags] --module m2mkd_ds VERB...` as a list of words. Raises ConfigError for a word that a shell would change."""
+def launch_command(launch: LaunchConfig, verb: list[str], module: str = "m2mkd_ds") -> list[str]:
+    """`deepspeed [flags] --module MODULE VERB...` as a list of words. Raises ConfigError for a word that a shell would change."""
     flags = ["--num_gpus", str(launch.num_gpus)] if launch.num_gpus else []
     if launch.hostfile:
         flags += ["--hostfile", launch.hostfile]
     # --quiet: the launcher's own dozen lines a start say nothing that the trainer's log does not.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *flags, *launch.extra, "--module", "m2mkd_ds", *verb]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *flags, *launch.extra, "--module", module, *verb]
     # The launcher changes to this folder on every host, by a line that is not quoted either.
     for word in [*command, *([os.getcwd()] if launch.hostfile else [])]:
         if not set(word) <= SAFE:
@@ -125,12 +129,18 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
             _signal_group(job, signal.SIGKILL)
         end_at_once(number)
 
+    # Of a cluster's job the launcher's group is pdsh and its ssh connections. They are cut: each rank sees its launcher's shell end,
+    # saves and leaves. The launcher's own way, on SIGTERM, is a pkill that ends every job of this user and environment on all hosts.
+    ask = signal.SIGKILL if launch.hostfile else signal.SIGTERM
     with listening(stop, (), kill_job):
         process.append(subprocess.Popen(command, env=environment, start_new_session=True))
         try:
-            code = _wait(process[0], stop, patience_s)
+            code = _wait(process[0], stop, ask, patience_s)
+            if launch.hostfile:
+                _signal_group(process[0], signal.SIGKILL)  # of a launcher that was killed, the connections are left
             # Ranks that the launcher has left behind notice it, save and leave.
             records.await_end(patience_s)
+            _await_group(process[0])
         finally:
             _signal_group(process[0], signal.SIGKILL)
     ending = records.ending()
@@ -144,18 +154,29 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
         raise LaunchError(f"{spell(command)} ended with {what}; {ending.text or 'its message is above'}")
 
 
-def _wait(process: subprocess.Popen[bytes], stop: StopFlag, patience_s: float) -> int:
-    """The launcher's exit code. Once `stop` is set, all of the job is asked to stop."""
+def _wait(process: subprocess.Popen[bytes], stop: StopFlag, ask: signal.Signals, patience_s: float) -> int:
+    """The launcher's exit code. Once `stop` is set, all of the job is asked to stop, by the signal `ask` to the launcher's group."""
     deadline = float("inf")
     while process.poll() is None:
         if stop() and deadline == float("inf"):
             deadline = time.monotonic() + patience_s
             logger.info("%s: asking the job to save and stop; the same again kills it", stop.why)
-            _signal_group(process, signal.SIGTERM)
+            _signal_group(process, ask)
         if time.monotonic() > deadline:
             _signal_group(process, signal.SIGKILL)
         time.sleep(0.1)
     return process.wait()
+
+
+def _await_group(process: subprocess.Popen[bytes]) -> None:
+    """Until nobody is left of the launcher's process group, or `LEAVE_S` has passed: ranks that have saved still flush and close."""
+    deadline = time.monotonic() + LEAVE_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -107,3 +107,9 @@ def test_a_meeting_point_that_cannot_be_told_is_asked_for(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         with_meeting_point(LaunchConfig(hostfile=hostfile(tmp_path, text), extra=extra), "r")
+
+
+def test_more_ranks_than_slots_are_refused(tmp_path: Path, names: dict[str, str]) -> None:
+    launch = LaunchConfig(hostfile=hostfile(tmp_path, "node1 slots=4\nnode2 slots=2\n"), num_gpus=3)
+    with pytest.raises(ConfigError, match=r"launch\.num_gpus is 3, but .* has node2 slots=2; 0 means as many as slots"):
+        with_meeting_point(launch, "r")
