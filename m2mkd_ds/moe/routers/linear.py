@@ -8,6 +8,7 @@ Shape letters: T tokens, D width, E experts, K choices a token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class LinearRouter(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Logits [T, E] in at least fp32 whatever the weights' dtype and autocast are: bf16 logits tie and flip experts."""
-        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        with _without_autocast(x_TD.device):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             bias_E = None if self.bias is None else self.bias.to(dtype)
             return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias_E)
@@ -63,7 +64,7 @@ class LinearRouter(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         """Route T tokens (T may be 0)."""
         logits_TE = self.logits(x_TD)
-        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        with _without_autocast(x_TD.device):
             return self.route(logits_TE)
 
     def route(self, logits_TE: Tensor) -> Routing:
@@ -110,3 +111,8 @@ class LinearRouter(nn.Module):
         c = self.config
         capacity = f"{c.capacity_factor} train, {c.eval_capacity_factor} eval"
         return f"kind={c.kind!r}, num_experts={self.num_experts}, top_k={c.top_k}, softmax={c.softmax!r}, capacity_factor={capacity}"
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off; nothing to switch on a device that has none (`meta`, where only shapes are computed)."""
+    return torch.autocast(device_type=device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()

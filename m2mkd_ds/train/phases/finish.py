@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds import __version__
+from m2mkd_ds.checkpoint.retention import prune
 from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.distributed.world import barrier
+from m2mkd_ds.logs import logger
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.job import Trainee
-from m2mkd_ds.train.nodes import Node, is_done, output_hashes, read_done, withdraw_done, write_done
+from m2mkd_ds.train.lineage import lineage
+from m2mkd_ds.train.nodes import Node, is_done, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.jobs import result_weights
 
 
@@ -24,7 +26,16 @@ def finish_trainee(ctx: RunContext, node: Node, trainee: Trainee, facts: dict[st
         withdraw_done(trainee.folder)
         save_weights(weights, tensors, lineage(ctx, node, trainee.pair if node.per_pair else None))
         write_done(trainee.folder, node, ctx.config, trainee.fingerprint, [weights], **facts)
+        _prune(trainee.folder / "checkpoints", ctx.config.checkpoint.after_done)
     barrier()
+
+
+def _prune(checkpoints: Path, after_done: str) -> None:
+    """Delete what the config does not keep of a finished phase's checkpoints. The result is safe already, so a failure is a warning."""
+    try:
+        prune(checkpoints, after_done)
+    except OSError as err:
+        logger.warning("%s: not all checkpoints could be deleted (%s)", checkpoints, err.strerror)
 
 
 PAIR_FACTS = ("steps", "images", "world_size")
@@ -59,17 +70,3 @@ def _has_other_images(ctx: RunContext, folder: Path) -> bool:
     """Whether the pair was finished on a number of ranks that gives other images (repeat_mode=deit): pairs of a node share them."""
     done = read_done(folder) or {}
     return ctx.config.data.augment.repeats_as_deit and done.get("world_size") != ctx.world.size
-
-
-def lineage(ctx: RunContext, node: Node, pair: int | None) -> dict[str, str]:
-    """Metadata of a weights file: what made it, from what."""
-    inputs = {f"input.{name}/{file}": sha for name in node.inputs for file, sha in output_hashes(ctx.root, name).items()}
-    return {
-        "recipe": ctx.config.name,
-        "phase": node.name,
-        **({"pair": str(pair)} if pair is not None else {}),
-        "seed": str(ctx.config.seed),
-        "m2mkd_ds": __version__,
-        "train_data": ctx.train_index.fingerprint,
-        **inputs,
-    }
