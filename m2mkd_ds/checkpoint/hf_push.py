@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.hf_api import RepoFile
 
 from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, read_json
-from m2mkd_ds.checkpoint.hf_config import MODEL_TYPE
-from m2mkd_ds.checkpoint.hf_files import MANIFEST, verify_manifest
+from m2mkd_ds.checkpoint.hf_manifest import MANIFEST, MODEL_TYPE, verify_manifest
 from m2mkd_ds.logs import logger
 
 if TYPE_CHECKING:

@@ -56,7 +56,7 @@ def wait_for_step(run: Path, client: subprocess.Popen[bytes], log: Path) -> None
 
 def rank_on(lab: Lab, host: str) -> int:
     """The trainer's process there, by its number outside."""
-    (number,) = [pid for pid, words in lab.processes(host).items() if " m2mkd_ds --local_rank" in words or " m2mkd_ds train" in words]
+    (number,) = [pid for pid, words in lab.processes(host).items() if " m2mkd_ds --local_rank" in words]
     return number
 
 
