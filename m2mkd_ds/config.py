@@ -167,8 +167,9 @@ class RunConfig:
     """Train the assembled student."""
     baseline: bool = True
     """Also train the same student from scratch: as many steps as m2mkd + end_to_end, end_to_end's settings, m2mkd's lr and warm-up."""
-    tensorboard: bool = False
-    """Mirror metrics.jsonl to TensorBoard event files beside it."""
+    trackers: tuple[Literal["auto", "tensorboard", "wandb", "trackio"], ...] = ("auto",)
+    """Who else gets what metrics.jsonl says. auto: tensorboard where it is installed; [] for nobody. Keys and addresses of wandb and
+    trackio come from their own environment variables and log-ins, never from here."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How checkpoints are written, and which stay."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -259,6 +260,8 @@ for _cls in (
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """Build and check a RunConfig from plain data. Raises ConfigError with one line a wrong field."""
+    if "tensorboard" in tree:  # of files that were written before there was `trackers`
+        tree = {"trackers": ["tensorboard"] if tree["tensorboard"] else [], **{k: v for k, v in tree.items() if k != "tensorboard"}}
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as err:

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "watch_config": set(),
     "logs": set(),
     "recipes": set(),
+    "trackers": set(),
     "data": set(),
     "moe": set(),
     "models": {"moe"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "checkpoint": {"models"},
     "distill": {"models", "checkpoint.mapping"},
     "teacher": {"distill", "models", "data", "checkpoint.mapping"},
-    "train": {"distill", "teacher", "models", "moe", "data", "checkpoint", "distributed"},
+    "train": {"distill", "teacher", "models", "moe", "data", "checkpoint", "distributed", "trackers"},
     "bench": {
         "moe", "models", "data", "teacher", "distributed", "distill", "train.steps", "train.optim", "checkpoint.atomic",
         "checkpoint.async_commit", "checkpoint.attempt", "checkpoint.commit",
@@ -65,6 +66,8 @@ DOORS = {
     "pyarrow": ("m2mkd_ds/teacher/", "m2mkd_ds/bench/"),
     "prometheus_client": ("m2mkd_ds/teacher/",),
     "xxhash": ("m2mkd_ds/teacher/",),
+    "wandb": ("m2mkd_ds/trackers/wandb_run.py",),
+    "trackio": ("m2mkd_ds/trackers/trackio_run.py",),
     "accelerate": ("m2mkd_ds/checkpoint/",),
     "onnx": ("m2mkd_ds/checkpoint/onnx_export.py",),
     "onnxruntime": ("m2mkd_ds/checkpoint/onnx_export.py",),
@@ -73,7 +76,7 @@ DOORS = {
 }
 ONLY_IN_FUNCTIONS = {
     "prometheus_client", "pyarrow", "xxhash", "scattermoe", "tutel", "transformers", "accelerate", "m2mkd_kernels", "onnx", "onnxruntime",
-    "onnxscript",
+    "onnxscript", "wandb", "trackio",
 }  # fmt: skip
 LAZY_ROOMS = {"timm_models"}
 """What m2mkd_ds/__init__.py may import inside functions: the package's own entry points."""
@@ -189,6 +192,9 @@ def test_the_package_obeys_the_import_table(repo_root: Path) -> None:
         ("m2mkd_ds/checkpoint/hf_export.py", "def f():\n    import onnxruntime", "onnxruntime is imported outside"),
         ("m2mkd_ds/train/a.py", "def f():\n    import deepspeed.comm", "deepspeed is imported outside m2mkd_ds/distributed/"),
         ("m2mkd_ds/models/meta.py", "from timm.layers import x", "timm is imported outside"),
+        ("m2mkd_ds/trackers/wandb_run.py", "import wandb", "inside a function"),
+        ("m2mkd_ds/train/a.py", "def f():\n    import trackio", "trackio is imported outside"),
+        ("m2mkd_ds/trackers/a.py", "from m2mkd_ds.data import x", "trackers may not import data"),
         ("m2mkd_ds/bench/loader.py", "def f():\n    import timm.data", "timm is imported outside"),
         ("m2mkd_ds/train/a.py", 'import importlib\nimportlib.import_module("webdataset")', "webdataset is imported outside"),
         ("m2mkd_ds/checkpoint/a.py", "import transformers", "inside a function"),

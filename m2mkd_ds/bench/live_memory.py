@@ -64,14 +64,17 @@ def windows(events: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
     return [*found, (name, at, peak)]
 
 
-def resident_peak() -> int:
-    """VmHWM of this process in bytes. Raises OSError where the system does not tell."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
+def resident_peak() -> int | None:
+    """VmHWM of this process in bytes; None where the system does not tell (it is not a Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def reset_resident_peak() -> None:
-    """Let VmHWM start again from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    """Let VmHWM start again from what is resident now, where the system lets us."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5", encoding="utf-8")

@@ -16,6 +16,7 @@ the same step; hence this layer.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -25,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path, read_json, write_json_atomic
+from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path, read_json
 from m2mkd_ds.checkpoint.attempt import ALONE, Attempt, Deadline, Ranks
 from m2mkd_ds.checkpoint.folders import latest_checkpoint, recover, replaced_copy
 from m2mkd_ds.checkpoint.manifest import MANIFEST, FileRecord, check_size, verify_checkpoint, write_manifest
@@ -120,8 +121,8 @@ def failing_for_all(attempt: Attempt) -> Iterator[None]:
             _leave_failure(attempt, str(err))
             raise
         try:
-            write_json_atomic(attempt.part(attempt.ranks.rank), {"attempt": attempt.name, "failed": f"{type(err).__name__}: {err}"})
-        except StoreError:
+            _tell(attempt.part(attempt.ranks.rank), {"attempt": attempt.name, "failed": f"{type(err).__name__}: {err}"})
+        except OSError:
             with suppress(OSError):  # else the deadline tells them
                 (attempt.temp / _TOKEN).unlink()
         raise
@@ -134,7 +135,7 @@ def write_part(attempt: Attempt, write: Write) -> None:
     for path in [*paths, *{path.parent for path in paths}]:
         fsync_path(path)
     sums = {name: {"bytes": record[0], "sha256": record[1]} for name, record in files.items()}
-    write_json_atomic(attempt.part(attempt.ranks.rank), {"attempt": attempt.name, "files": sums})
+    _tell(attempt.part(attempt.ranks.rank), {"attempt": attempt.name, "files": sums})
 
 
 def publish(attempt: Attempt, record: Mapping[str, Any], deadline: Deadline) -> None:
@@ -258,10 +259,10 @@ def _leave_failure(attempt: Attempt, reason: str) -> None:
     """Leave the reason for the other ranks, and give back space; the next `begin` removes the rest. Without others, leave nothing."""
     if attempt.ranks.size > 1:
         try:
-            write_json_atomic(attempt.temp / _FAILED, {"failed": reason})
+            _tell(attempt.temp / _FAILED, {"failed": reason})
             _remove_finished_parts(attempt)
             return
-        except StoreError as err:
+        except OSError as err:
             _log.warning("%s: the other ranks cannot be told why it failed (%s)", attempt.temp, err)
     # That it is gone tells them as well. Renamed first: while others write there, a folder cannot be emptied for good.
     doomed = attempt.temp.with_name(attempt.temp.name + ".tmp")
@@ -277,6 +278,13 @@ def _remove_finished_parts(attempt: Attempt) -> None:
         for part in attempt.temp.glob("part-*.json"):
             for name in read_json(part).get("files", ()):
                 (attempt.temp / name).unlink()
+
+
+def _tell(path: Path, words: Mapping[str, Any]) -> None:
+    """A file for the other ranks, seen whole or not at all. Not forced to the disk: after a crash nobody reads it. Raises OSError."""
+    temp = path.with_name(f".{path.name}.tmp")
+    temp.write_text(json.dumps(words), encoding="utf-8")
+    os.replace(temp, path)
 
 
 def _is_committed(attempt: Attempt) -> bool:

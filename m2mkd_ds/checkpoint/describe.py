@@ -6,7 +6,7 @@ Every byte that a manifest lists is read and compared. Headers are read, tensors
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def _fields(tree: Mapping[str, Any]) -> list[str]:
     lines += [f"    {name:<24} {count:>15,}" for name, count in tree.get("modules", {}).items()]
     lines += [f"  shared       {name} {shape}" for name, shape in tree.get("shared", {}).items()]
     for title in ("record", "metadata"):
-        lines += [f"  {title:<12} {key}: {value}" for key, value in tree.get(title, {}).items()]
+        lines += [f"  {title:<12} {key}: {value}" for key, value in _dotted(tree.get(title, {}))]
     return lines
 
 
@@ -186,5 +186,14 @@ def _layout(layout: Mapping[str, int]) -> str:
     return f"{layout['ranks']} ranks (ep {layout['ep_size']} x dp {layout['data_size']}), ZeRO-{layout['zero_stage']}"
 
 
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{a: {b: 1}}` -> a.b 1: a line for each value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
+    return f"{nbytes / 2**20:,.2f} MiB"

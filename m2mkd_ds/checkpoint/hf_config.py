@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from m2mkd_ds.checkpoint.hf_manifest import MODEL_TYPE
 from m2mkd_ds.config import DataConfig, RouterConfig
 from m2mkd_ds.models.vmoe import LAYER_NORM_EPS, StitchSpec, VMoEArch
 
-MODEL_TYPE = "m2mkd_vmoe"
 CODE_FILES = ("configuration_vmoe.py", "experts_vmoe.py", "image_processing_vmoe.py", "modeling_vmoe.py", "routing_vmoe.py")
 DTYPES = {"fp32": ("float32", torch.float32), "bf16": ("bfloat16", torch.bfloat16), "fp16": ("float16", torch.float16)}
 """Our name -> (transformers' name, torch's)."""

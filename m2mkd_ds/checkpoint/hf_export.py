@@ -20,8 +20,9 @@ from m2mkd_ds.checkpoint.atomic import write_json_atomic
 from m2mkd_ds.checkpoint.hf_card import write_card
 from m2mkd_ds.checkpoint.hf_check import check_export
 from m2mkd_ds.checkpoint.hf_config import CODE_FILES, DTYPES, check_exportable, model_config, processor_config
-from m2mkd_ds.checkpoint.hf_files import new_folder, parse_size, verify_manifest, write_manifest, write_shards
+from m2mkd_ds.checkpoint.hf_files import new_folder, parse_size, write_shards
 from m2mkd_ds.checkpoint.hf_load import Exported, check_names, class_names_of, load_exported
+from m2mkd_ds.checkpoint.hf_manifest import verify_manifest, write_manifest
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VMoEArch, parameter_shapes

@@ -1,4 +1,4 @@
-"""The files of an exported folder: written whole or not at all, in shards, with a manifest of checksums."""
+"""The files of an exported folder: written whole or not at all, large models in several shards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, fsync_path, read_json, write_json_atomic
-
-MANIFEST = "manifest.json"
+from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path, write_json_atomic
+from m2mkd_ds.checkpoint.hf_manifest import MANIFEST
 
 
 @contextmanager
@@ -67,22 +66,6 @@ def write_shards(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype
         metadata = {"total_parameters": sum(w.numel() for w in weights.values()), "total_size": total}
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         write_json_atomic(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def write_manifest(folder: Path) -> None:
-    """manifest.json: size and SHA-256 of every file that lies in the folder now."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
-    write_json_atomic(folder / MANIFEST, {"format": 1, "files": files})
-
-
-def verify_manifest(folder: Path) -> None:
-    """Compare every file with the manifest, if there is one (transformers' save_pretrained writes none). Raises StoreError."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return
-    for name, entry in read_json(manifest)["files"].items():
-        if file_sha256(folder / name) != entry["sha256"]:
-            raise StoreError(f"{folder / name}: changed since the export (its SHA-256 is not the manifest's); export it again")
 
 
 def parse_size(text: str) -> int:

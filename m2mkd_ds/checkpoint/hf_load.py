@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.atomic import read_json
-from m2mkd_ds.checkpoint.hf_config import MODEL_TYPE, arch_from_config_json, data_from_processor
-from m2mkd_ds.checkpoint.hf_files import verify_manifest
+from m2mkd_ds.checkpoint.hf_config import arch_from_config_json, data_from_processor
+from m2mkd_ds.checkpoint.hf_manifest import MODEL_TYPE, verify_manifest
 from m2mkd_ds.checkpoint.store import read_weights
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.models.spans import StageSpan

@@ -67,7 +67,9 @@ def reshard(source: Path, out: Path, *, ep_size: int, data_size: int, zero_stage
             shutil.copyfile(folder / name, temp / name)
             fsync_path(temp / name)
             written[name] = file
-        write_manifest(temp, step, _with_history(record, files.description, after), attempt=uuid.uuid4().hex, files=written)
+        parts = {str(rank): [rank_file(temp, rank).name] for rank in range(after.size)}
+        history = _with_history(record, files.description, after)
+        write_manifest(temp, step, history, attempt=uuid.uuid4().hex, files=written, parts=parts)
         fsync_path(temp)
         os.rename(temp, out)
         fsync_path(out.parent)

@@ -22,7 +22,8 @@ from m2mkd_ds.checkpoint.atomic import StoreError
 from m2mkd_ds.checkpoint.manifest import FileRecord
 
 METADATA_KEY = "m2mkd_ds"
-"""All metadata are one JSON text under this key (as in `store.py`)."""
+"""All metadata are one JSON text under this key: safetensors writes several keys in random order, so that equal content would
+have unequal checksums."""
 PIECE_NUMEL = 1 << 22
 """Largest run of elements in memory at a time: 16 MiB of fp32."""
 

@@ -19,14 +19,14 @@ import tyro
 from m2mkd_ds import __version__
 
 from m2mkd_ds.cli import (  # noqa: F401  # isort: skip  (they register their verbs, which --help lists in this order)
-    run, shards, shards_check, results, timm_folders, onnx, checkpoints, few_shot, teacher, plan, bench,
+    run, shards, shards_check, results, export, timm_folders, onnx, checkpoints, few_shot, teacher, plan, probe, bench, bench_memory,
 )  # fmt: skip
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
 _TAUGHT_VERBS: dict[str, Callable[..., None]] = {
     "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
-    "onnx": onnx.onnx, "plan": plan.plan,
+    "onnx": onnx.onnx, "plan": plan.plan, "probe-batch": probe.probe_batch,
 }  # fmt: skip
 """Verbs whose own --help says more than the line that lists them."""
 
@@ -106,21 +106,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _code_of_known(err)
         if code is None:
             raise
-        sys.stderr.write(f"m2mkd: {err}\n")
         if os.environ.get("M2MKD_DEBUG"):
             traceback.print_exc()
+        _say(err)
         sys.exit(code)
     except Exception as err:
         from m2mkd_ds.train.stopping import STOP_CODE, StopRequested
 
         if not isinstance(err, StopRequested):
             raise
-        sys.stderr.write(f"m2mkd: {err}\n")
+        _say(err)
         sys.exit(STOP_CODE)
+
+
+def _say(err: Exception) -> None:
+    """One line on stderr, whose reader may have gone with a launcher that was killed: the exit code must come out all the same."""
+    from m2mkd_ds.train.closed_output import outliving_readers
+
+    with outliving_readers():
+        sys.stderr.write(f"m2mkd: {err}\n")
+        sys.stderr.flush()
 
 
 def _code_of_known(err: RuntimeError) -> int | None:
     """The exit code for errors whose text is a sentence for people; None for others, which keep their traceback."""
+    from m2mkd_ds.checkpoint.hf_push import HubError
     from m2mkd_ds.distributed.rendezvous import MissingRanksError
     from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
     from m2mkd_ds.train.guard import PeerLostError
@@ -129,6 +139,6 @@ def _code_of_known(err: RuntimeError) -> int | None:
 
     if isinstance(err, (LaunchError, NonFiniteLossError, PeerLostError)):
         return err.exit_code
-    if isinstance(err, (MissingRanksError, TeacherLostError)):
+    if isinstance(err, (HubError, MissingRanksError, TeacherLostError)):
         return 1
     return 2 if isinstance(err, TeacherRefusedError) else None

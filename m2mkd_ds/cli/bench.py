@@ -1,4 +1,4 @@
-"""`m2mkd bench experts | loader | teacher | checkpoint`: measurements against other projects."""
+"""`m2mkd bench experts | loader | teacher | checkpoint | scaling`: measurements; `memory` is in cli/bench_memory.py."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import tyro
 from m2mkd_ds.bench.checkpoint_options import CheckpointBench
 from m2mkd_ds.bench.loader_options import LoaderBench
 from m2mkd_ds.bench.options import ExpertBench
+from m2mkd_ds.bench.scaling_options import ScalingBench
 from m2mkd_ds.bench.teacher_options import TeacherBench
 from m2mkd_ds.cli.app import app, bench_app, in_world, out
 from m2mkd_ds.logs import setup_logging
 
 
 @app.command
-def bench(what: tyro.conf.Positional[Literal["experts", "loader", "teacher", "checkpoint"]], /) -> None:
+def bench(what: tyro.conf.Positional[Literal["experts", "loader", "teacher", "checkpoint", "scaling", "memory"]], /) -> None:
     """Measure against other projects: `m2mkd bench experts --help`, and so on.
 
     Args:
         what: experts: throughput of expert compute. loader: images a second of the input pipeline. teacher: how a teacher server's
-            answers travel. checkpoint: how long saving holds training up.
+            answers travel. checkpoint: how long saving holds training up. scaling: the training step on more ranks. memory: what
+            `m2mkd plan` predicts against what phases hold.
     """
     # `main` sends these words to `bench_app`; this entry is what `m2mkd --help` lists.
     bench_app.cli(prog="m2mkd bench", args=[what])
@@ -104,3 +106,26 @@ def checkpoint(bench: tyro.conf.OmitArgPrefixes[CheckpointBench]) -> None:
     from m2mkd_ds.bench.checkpoint import run_checkpoint
 
     in_world(lambda world: run_checkpoint(bench, world))
+
+
+@bench_app.command
+def scaling(bench: tyro.conf.OmitArgPrefixes[ScalingBench]) -> None:
+    """Measure weak scaling of the training step on CPU ranks of this host: images a second, efficiency, time inside collectives.
+
+    A first look, in less than a minute: m2mkd bench scaling --quick
+
+    It starts its jobs itself, one after the other. One number of ranks alone: deepspeed --num_gpus 2 --module m2mkd_ds bench scaling
+
+    docs/benchmarks.md says how to read the result.
+
+    Args:
+        bench: Ranks, layouts, sizes and how long to measure.
+    """
+    bench.check()
+    from m2mkd_ds.cli.bench_scaling import run_in_job, run_jobs
+
+    if int(os.environ.get("WORLD_SIZE", "0")):
+        run_in_job(bench)
+    else:
+        setup_logging()
+        out(run_jobs(bench))

@@ -1,4 +1,4 @@
-"""The verbs that use what a run has made: eval, export, report, import; and doctor, for what this machine has."""
+"""The verbs that use what a run has made: eval, report, import; and doctor, for what this machine has."""
 
 from __future__ import annotations
 
@@ -79,28 +79,6 @@ def _evaluate_elsewhere(config: RunConfig) -> None:
     from m2mkd_ds.train.evaluate_run import score_run
 
     in_world(lambda world: format_table(score_run(open_run(config, world))[1]))
-
-
-@app.command
-def export(
-    run: tyro.conf.Positional[Path],
-    /,
-    *,
-    out_dir: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
-    dtype: Literal["fp32", "bf16"] = "fp32",
-) -> None:
-    """Write the final student as a Hugging Face folder that loads with trust_remote_code=True.
-
-    Args:
-        run: Run folder.
-        out_dir: Target folder; RUN/export/model by default.
-        dtype: The dtype of the stored weights.
-    """
-    from m2mkd_ds.train.export_run import export_run
-
-    setup_logging()
-    config = replace(load(run / "config.yaml"), run_dir=str(run.resolve()))
-    out(str(export_run(config, out_dir or run / "export" / "model", dtype=dtype)))
 
 
 @app.command

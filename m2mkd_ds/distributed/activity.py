@@ -12,6 +12,7 @@ and a watchdog has to see all of them. That is the exception to "no current anyt
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ class Section:
 
     name: str
     is_collective: bool
+    may_wait: bool
+    """Whether other ranks can hold it up: a collective, or one that has collectives of DeepSpeed inside."""
     limit: Limit
     facts: dict[str, Any]
 
@@ -54,6 +57,11 @@ class Snapshot:
     def is_collective(self) -> bool:
         """Whether the innermost section waits for other ranks."""
         return bool(self.sections) and self.sections[-1].is_collective
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether other ranks can hold the innermost section up."""
+        return bool(self.sections) and self.sections[-1].may_wait
 
     @property
     def limit(self) -> Limit:
@@ -103,13 +111,16 @@ def where_raised(error: BaseException) -> Snapshot:
 
 
 @contextmanager
-def section(name: str, *, limit: Limit = "", is_collective: bool = False, **facts: Any) -> Iterator[None]:
-    """The main thread does `name` now. In other threads nothing is recorded: they do not hold the ranks up."""
+def section(name: str, *, limit: Limit = "", is_collective: bool = False, may_wait: bool = False, **facts: Any) -> Iterator[None]:
+    """The main thread does `name` now. `may_wait`: DeepSpeed waits for other ranks inside, in collectives of its own.
+
+    In other threads nothing is recorded: they do not hold the ranks up.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     outer = _HERE.now.sections
-    _HERE.now = Snapshot((*outer, Section(name, is_collective, limit, facts)), time.monotonic())
+    _HERE.now = Snapshot((*outer, Section(name, is_collective, is_collective or may_wait, limit, facts)), time.monotonic())
     try:
         yield
     except BaseException as error:
@@ -131,5 +142,6 @@ def collective(name: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's text up to its first line break: backends add pages of C++ frames."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """An error's text without what backends add: source file and line in front, advice and pages of C++ frames behind."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", line).partition(" This is typically caused by")[0]

@@ -28,8 +28,8 @@ class RankSnapshot:
         if reuse is not None:
             reuse._tensors = None  # soon half of it would be the new state: better nothing than a mixture
         self._tensors: dict[str, Tensor] | None = {name: _copied(value, old.get(name)) for name, value in tensors.items()}
-        if any(value.is_cuda for value in tensors.values()):
-            torch.cuda.synchronize()  # host sync: the copies were only asked for
+        for device in {value.device for value in tensors.values() if value.is_cuda}:
+            torch.cuda.synchronize(device)  # host sync: the copies were only asked for
 
     def write(self, folder: Path) -> dict[str, FileRecord]:
         """Write this rank's file into the existing `folder` and force it to disk. Raises OSError for a full disk."""

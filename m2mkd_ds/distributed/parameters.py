@@ -45,7 +45,8 @@ def describe_parameters(
     its weight decay, and among groups of the same decay by their order.
     """
     families: dict[tuple[Any, int], int] = {}
-    family_of, ep_size_of = {}, {}
+    family_of: dict[str, int] = {}
+    ep_size_of: dict[str, int] = {}
     seen: Counter[tuple[bool, Any]] = Counter()
     for names, group, spread in zip(named_groups, optimizer.param_groups, experts, strict=True):
         decay = group.get("weight_decay")
@@ -59,7 +60,7 @@ def describe_parameters(
         if p.requires_grad:
             shape = (p.shape[0] * ep_size_of[name], *p.shape[1:]) if ep_size_of[name] > 1 else tuple(p.shape)
             found.append(Parameter(name, shape, family_of[name], name in of_experts))
-        elif name in of_experts and parallel_layers(module):
+        elif name in of_experts and any(layer.groups.size > 1 for layer in parallel_layers(module).values()):
             raise ValueError(f"{name} is frozen and spread over ranks, which no rank could save; set ep_size to 1")
     return tuple(found)
 

@@ -43,7 +43,8 @@ class Heartbeat:
     """Name of the innermost section."""
     describes: str
     """`forward` of step 12, pair 0."""
-    is_collective: bool
+    may_wait: bool
+    """Whether it may be others that hold it up there."""
     since_s: float
     """Seconds that it had been in this section."""
 
@@ -83,7 +84,7 @@ def beat_of(launch: str, rank: int, beat: int, now: Snapshot) -> Heartbeat:
     return Heartbeat(
         launch=launch, rank=rank, host=socket.gethostname(), pid=os.getpid(), pid_started=start_time(os.getpid()), beat=beat,
         time=time.time(), step=int(now.facts.get("step", 0)), section=now.name, describes=now.describe(),
-        is_collective=now.is_collective, since_s=round(time.monotonic() - now.changed, 3),
+        may_wait=now.may_wait, since_s=round(time.monotonic() - now.changed, 3),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Who holds the others up: from the records of the other ranks, watched for some seconds.
 
 In this order: a rank that failed with an error of its own; one whose process has gone; one that is silent; one that never spoke; one
-that stays outside every collective; one that waits in another collective than the rest.
+that stays where no other rank can hold it up; one that waits in another place than this one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,21 @@ class Observer:
 
     def suspect(self, mine: Snapshot) -> str:
         """One clause that names the rank which holds the others up, or says that none is known. Reads no file."""
+        missing = self.missing()
+        if missing:
+            return missing
+        others = self._others()
+        busy = [beat for beat in others if not beat.may_wait]
+        if busy:
+            longest = max(busy, key=lambda beat: beat.since_s)
+            return f"{longest.who} stays in {longest.describes} since {longest.since_s:.0f} s"
+        apart = [beat for beat in others if beat.describes != mine.describe()]
+        if apart:
+            return f"{apart[0].who} waits elsewhere, in {apart[0].describes}: the ranks have come apart"
+        return "all ranks are there and wait in the same place: is the network between them down?"
+
+    def missing(self) -> str:
+        """One clause that names a rank which failed, has gone, is silent or never spoke; empty when there is none. Reads no file."""
         now = time.monotonic()
         own = self._own_failures()
         if own:
@@ -64,14 +79,7 @@ class Observer:
         mute = [rank for rank in range(self._size) if rank != self._rank and rank not in self._beats]
         if mute:
             return f"rank {mute[0]} has never been heard of in this phase"
-        busy = [beat for beat in others if not beat.is_collective]
-        if busy:
-            longest = max(busy, key=lambda beat: beat.since_s)
-            return f"{longest.who} stays in {longest.describes} since {longest.since_s:.0f} s"
-        apart = [beat for beat in others if beat.describes != mine.describe()]
-        if apart:
-            return f"{apart[0].who} waits in another {apart[0].describes}: the ranks have come apart"
-        return "all ranks are there and wait in the same place: is the network between them down?"
+        return ""
 
     def close(self) -> None:
         """Look no more."""

@@ -117,7 +117,9 @@ class Watchdog:
     def _hung(self, here: Snapshot, idle_s: float, limit_s: float, observer: Observer) -> None:
         verb = "waits in" if here.is_collective else "stays in"
         waits = f"this rank ({self._watched.rank}) {verb} {here.describe()} since {idle_s:.0f} s"
-        text = f"{observer.suspect(here)}; {waits}" if here.is_collective else waits
+        # A rank that nobody else can hold up is its own suspect, unless another one is missing altogether.
+        other = observer.suspect(here) if here.may_wait and self._watched.size > 1 else observer.missing()
+        text = f"{other}; {waits}" if other else waits
         text += f" (limit: watch.{here.limit}_s={limit_s:g})"
         self._end(text, here, HANG_CODE)
 

@@ -30,7 +30,7 @@ def format_run_plan(plan: RunPlan) -> str:
         _table(f"Memory of a rank at its fullest moment as configured, {size.name}", memory, [_memory(plan, p, size) for p in plan.phases]),
         "".join(f"  fullest: {phase.memory.when}\n" for phase in plan.phases if phase.memory),
         _table(
-            f"Work of an image, {flops.name}; of a step, PFLOP; what a rank sends in a step, {size.name}, and the seconds links need for it",
+            f"Work of an image, {flops.name}; of a step, PFLOP; what a rank sends in a step, {size.name}, and how long links need for it",
             _WORK_COLUMNS, [_work(phase, size, flops) for phase in plan.phases],
         ),
         _table("Speed as configured: images a second by what limits them", _SPEED_COLUMNS, map(_speed, plan.phases)),
@@ -169,7 +169,8 @@ def _recommendation(phase: PhasePlan) -> str:
 
 
 def _paragraph(text: str, indent: str = "") -> str:
-    return fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + indent, break_long_words=False, break_on_hyphens=False) + "\n"
+    lines = fill(text, WIDTH, initial_indent=indent, subsequent_indent=2 * indent, break_long_words=False, break_on_hyphens=False)
+    return lines + "\n"
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -59,4 +59,7 @@ def catch_up(job: Job, owed: list[Trainee]) -> None:
 def write_metrics(job: Job, trainee: Trainee, done: int) -> None:
     """The pending metrics of a trainee as those of step `done`; only rank 0 has a writer."""
     if trainee.metrics is not None and trainee.pending:
-        trainee.metrics.write({"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending})
+        record = {"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending}
+        trainee.metrics.write(record)
+        if trainee.trackers is not None:
+            trainee.trackers.log(record)

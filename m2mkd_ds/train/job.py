@@ -16,6 +16,7 @@ from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import MetricsWriter
 from m2mkd_ds.moe.routers import LinearRouter
 from m2mkd_ds.teacher.feed import TeacherBatch, TeacherFeed
+from m2mkd_ds.trackers.trackers import Trackers
 from m2mkd_ds.train.balance import biased_routers
 from m2mkd_ds.train.evaluate import Score
 from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
@@ -42,6 +43,8 @@ class Trainee:
     step: int = 0
     """Optimizer steps done."""
     metrics: MetricsWriter | None = None
+    trackers: Trackers | None = None
+    """On rank 0, who else gets the metrics."""
     pending: dict[str, Any] = field(default_factory=dict)
     """Metrics of the current step, written at its end."""
     routers: dict[int, LinearRouter] = field(init=False)
@@ -73,7 +76,8 @@ class Job:
     """The data stream at its start (position 0)."""
     max_bad_samples: int
     """Different damaged samples that are replaced before the job stops (`bad_samples.resolve_cap`)."""
-    tensorboard: bool = False
+    open_trackers: Callable[[Trainee], Trackers | None] = lambda trainee: None
+    """Called on rank 0, once the trainee has its checkpoint's step."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How checkpoints are written, and which stay."""
     lineage: Mapping[str, str] = field(default_factory=dict)

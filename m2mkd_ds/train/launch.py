@@ -27,6 +27,10 @@ from m2mkd_ds.train.stopping import StopFlag, StopRequested, end_at_once, listen
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,@+")
 
 
+LEAVE_S = 15.0
+"""How long processes of a job that has ended may take to leave."""
+
+
 class LaunchError(RuntimeError):
     """A launched job failed, or left no result; the message says what its records tell, and the job's own is in the log above."""
 
@@ -67,7 +71,11 @@ def spell(command: list[str]) -> str:
 
 def launch_environment(launch: LaunchConfig, base: Mapping[str, str]) -> dict[str, str]:
     """The ranks' environment: thread count, and the CPU accelerator named so that nothing is probed."""
+    import torch
+
     environment = dict(base)
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(launch.threads_per_rank))
     package_root = str(Path(__file__).resolve().parents[2])
     kernels = str(Path(package_root) / "kernels")
@@ -106,11 +114,7 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
     (SIGTERM, SIGINT, SIGUSR1) is handed on to the whole job, which may save for at most `patience_s`; the same signal again kills the job.
     The launcher runs in its own process group, because it leaves its ranks running when it alone is killed.
     """
-    import torch
-
     environment = launch_environment(launch, os.environ)
-    if not torch.accelerator.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
     if launch.hostfile:
         command = launch_command(with_meeting_point(launch, str(run_dir)), verb)
         environment = cluster_environment(environment, run_dir / "launch.env")
@@ -136,6 +140,7 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
                 _signal_group(process[0], signal.SIGKILL)  # of a launcher that was killed, the connections are left
             # Ranks that the launcher has left behind notice it, save and leave.
             records.await_end(patience_s)
+            _await_group(process[0])
         finally:
             _signal_group(process[0], signal.SIGKILL)
     ending = records.ending()
@@ -147,6 +152,18 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
         # 0 is what the launcher returns, too, when it finds its own child killed.
         what = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         raise LaunchError(f"{spell(command)} ended with {what}; {ending.text or 'its message is above'}")
+
+
+def run_here(launch: LaunchConfig, verb: list[str]) -> None:
+    """Run a job of this host that keeps no records, such as a benchmark. Raises LaunchError for its exit code."""
+    command = launch_command(with_own_port(launch), verb)
+    process = subprocess.Popen(command, env=launch_environment(launch, os.environ), start_new_session=True)
+    try:
+        code = process.wait()
+    finally:
+        _signal_group(process, signal.SIGKILL)
+    if code != 0:
+        raise LaunchError(f"{spell(command)} ended with exit code {code}; its message is above")
 
 
 def _wait(process: subprocess.Popen[bytes], stop: StopFlag, ask: signal.Signals, patience_s: float) -> int:
@@ -161,6 +178,17 @@ def _wait(process: subprocess.Popen[bytes], stop: StopFlag, ask: signal.Signals,
             _signal_group(process, signal.SIGKILL)
         time.sleep(0.1)
     return process.wait()
+
+
+def _await_group(process: subprocess.Popen[bytes]) -> None:
+    """Until nobody is left of the launcher's process group, or `LEAVE_S` has passed: ranks that have saved still flush and close."""
+    deadline = time.monotonic() + LEAVE_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

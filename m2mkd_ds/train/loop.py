@@ -67,8 +67,7 @@ def train(job: Job) -> None:
     _announce(job, start)
     for trainee in job.trainees if job.world.is_main else ():
         trainee.metrics = MetricsWriter(trainee.folder / "metrics.jsonl", resume_step=trainee.step)
-        if job.tensorboard:
-            trainee.metrics.attach_tensorboard(trainee.folder / "tensorboard")
+        trainee.trackers = job.open_trackers(trainee)
     try:
         if owed:
             catch_up(job, owed)
@@ -78,6 +77,8 @@ def train(job: Job) -> None:
         for trainee in job.trainees:
             if trainee.metrics is not None:
                 trainee.metrics.close()
+            if trainee.trackers is not None:
+                trainee.trackers.finish()
 
 
 def _run_from(job: Job, start: int) -> None:
@@ -118,7 +119,8 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, save
                 for trainee in active:
                     trainee.pending |= {"data/wait_share": fed.wait_s / (now - clock), "data/fallbacks": fed.fallbacks, **of_feed}
                     trainee.pending = mean_over_ranks(trainee.pending, job.world)
-                    trainee.pending["data/fallbacks"] = round(trainee.pending["data/fallbacks"] * job.world.size)
+                    for name in ("data/fallbacks", *(key for key in of_feed if key.startswith("data/cache_"))):
+                        trainee.pending[name] = round(trainee.pending[name] * job.world.size)  # a sum, not a mean
                     trainee.pending.update(lr=job.learning_rate(step), images_per_second=since_log / (now - clock), time_s=now - began)
                     trainee.pending["data/bad_samples"] = bad.total
                 clock, since_log, fed = now, 0, Fed()
@@ -169,10 +171,10 @@ def _train_step(
         ledger.add(batch.slot_ids_B)
         for trainee in active:
             seed_micro_batch(job.seed, job.phase_name, trainee.pair, slots.start)
-            with section("forward", step=step + 1, pair=trainee.pair, slots=slots):
+            with section("forward", may_wait=trainee.engine.is_collective, step=step + 1, pair=trainee.pair, slots=slots):
                 output = trainee.step_fn(batch, log and last)
             trainee.pending = dict(output.metrics) if log and last else {}
-            with section("backward", step=step + 1, pair=trainee.pair, slots=slots):
+            with section("backward", may_wait=True, step=step + 1, pair=trainee.pair, slots=slots):
                 trainee.engine.backward(output.loss)
             losses.append((trainee.name, slots, output.loss.detach()))
             if trainee.routers:
@@ -181,7 +183,7 @@ def _train_step(
             with section("agree", step=step + 1):
                 stopping = _agree(losses, found, lost, step, world, bad, saver, job.stop())
         for trainee in active:
-            with section("optimizer step", step=step + 1, pair=trainee.pair):
+            with section("optimizer step", may_wait=True, step=step + 1, pair=trainee.pair):
                 grad_norm = trainee.engine.step(lr)
             if last:
                 _after_optimizer_step(trainee, step, grad_norm)

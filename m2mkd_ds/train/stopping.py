@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from m2mkd_ds.distributed.processes import Process, parent_of, seen
@@ -131,7 +132,8 @@ class _Listener:
         """Whether everybody who started this process is still there."""
         for process in self._chain:
             if not process.is_alive:
-                self._flag.ask(f"the launcher's process {process.pid} ({process.command[:80]}) has gone")
+                program, _, words = process.command.partition(" ")
+                self._flag.ask(f"the launcher's process {process.pid} ({Path(program).name} {words[:60]}) has gone")
 
 
 def launcher_chain() -> list[Process]:

@@ -67,6 +67,7 @@ def test_inspect_tells_what_a_checkpoint_holds(m2mkd: Run, root: Path) -> None:
     assert tree["shared"] == {"blocks.0.moe.router.balance_bias": [4], "calls": []}
     text = m2mkd("inspect", str(folder)).out
     assert "step-00000007: verified" in text and "2 ranks (ep 2 x dp 1), ZeRO-1" in text and "global_batch_size: 32" in text
+    assert "stream.seed: 0" in text
 
 
 def test_inspect_of_a_phase_lists_every_checkpoint_and_names_all_damage(m2mkd: Run, root: Path) -> None:

@@ -107,6 +107,27 @@ def test_waiting_and_fallbacks_are_those_of_the_interval(world: World, tmp_path:
         assert line["data/wait_share"] * seconds == pytest.approx(steps * 2 * 0.05, rel=1e-5)
 
 
+class Copy:
+    """A tracker's lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.finished = 0
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.lines.append(dict(record))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_trackers_get_the_lines_of_the_file_and_are_closed(world: World, tmp_path: Path) -> None:
+    job, _ = make_job(world, tmp_path)
+    copy = Copy()
+    loop.train(replace(job, open_trackers=lambda trainee: cast(Any, copy)))
+    assert copy.lines == read_metrics(tmp_path / "metrics.jsonl") and len(copy.lines) == 3 and copy.finished == 1
+
+
 def test_a_lost_batch_stops_the_job_before_the_step_and_after_the_list_is_written(world: World, tmp_path: Path) -> None:
     job, engine = make_job(world, tmp_path, lost_at=3)
     # The loss of such a batch means nothing: that it is NaN is not what is told.

@@ -78,7 +78,7 @@ def test_a_field_changes_exactly_the_nodes_that_it_matters_to(override: str, exp
     [
         "run_dir=/elsewhere", "data.train=/elsewhere/train", "data.validation=/elsewhere/validation", "data.source=", "data.num_workers=3",
         "m2mkd.log_steps=7", "m2mkd.checkpoint_steps=7", "end_to_end.eval_epochs=1", "launch.num_gpus=7", "launch.one_job=false",
-        "tensorboard=true", "teacher.weights=unused.pth", "teacher.feed=colocated", "m2mkd.micro_batch_size=8",
+        "trackers=[wandb]", "teacher.weights=unused.pth", "teacher.feed=colocated", "m2mkd.micro_batch_size=8",
         "m2mkd.gradient_accumulation_steps=2", "end_to_end.ep_size=2", "pretrain_meta.ds_config=zero2", "data.cache_dir=/elsewhere",
         "data.cache_gb=1", "data.look_ahead=1", "data.io_deadline_s=1", "data.allow_pipe=true", "data.max_bad_samples=7",
         # tiny has order=global, repeats=1 and no mixing

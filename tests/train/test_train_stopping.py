@@ -32,7 +32,7 @@ from tests.train.stop_job import EVAL_STEPS, LIMIT_S, stop_config
 from tests.train.test_train_kill_resume import write_noise
 
 SCRIPT = Path(stop_job.__file__)
-pytestmark = pytest.mark.timeout(900)  # eight launches, on a machine that may be busy
+pytestmark = pytest.mark.timeout(1800)  # eight launches, on a machine that may be busy
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Ended:
     code: int
     output: str
     seconds: float
-    """From the strike to the end of what the test had started."""
+    """From the strike to the last record, which rank 0 writes just before it leaves."""
     left: list[str]
     """Processes that were still there ten seconds later."""
     outcome: dict[str, Any]
@@ -81,18 +81,18 @@ def strike(out: Path, place: str, fault: Callable[[Job], None], *, verb: str = "
     else:
         command = [*launcher_command(2, free_port()), *words, "train", "--config", str(config), "--phase", PHASE]
     with started(out, command) as job:
-        wait_until(lambda: all((out / f"{mark}.ready.{rank}").exists() for rank in (0, 1)), job, 120)
+        wait_until(lambda: all((out / f"{mark}.ready.{rank}").exists() for rank in (0, 1)), job, 300)
         time.sleep(1.2)  # heartbeats tell where the ranks are
         job.everybody = psutil.Process(job.process.pid).children(recursive=True)
-        began = time.monotonic()
+        began = time.time()
         fault(job)
         if release_s is not None:
             time.sleep(release_s)
             (out / f"{mark}.go").touch()
-        output, _ = job.process.communicate(timeout=150)
-        seconds = time.monotonic() - began
+        output, _ = job.process.communicate(timeout=400)
         _, alive = psutil.wait_procs(job.everybody, timeout=10)
-        return Ended(job.process.returncode, output, seconds, [" ".join(p.cmdline()) for p in alive], *records(job.folder))
+        outcome, failures = records(job.folder)
+        return Ended(job.process.returncode, output, outcome["time"] - began, [" ".join(p.cmdline()) for p in alive], outcome, failures)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def records(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
 def run_free(out: Path, name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), str(out), name, "free", "pipeline", "--config", str(out / name / "config.yaml")]
     return subprocess.run(
-        [*command, "--until", PHASE], env=rank_environment(out), capture_output=True, text=True, timeout=150, check=False
+        [*command, "--until", PHASE], env=rank_environment(out), capture_output=True, text=True, timeout=400, check=False
     )  # fmt: skip
 
 
@@ -203,7 +203,8 @@ def test_a_frozen_rank_is_named_with_its_section_and_the_job_ends(course: Course
     assert diagnosis["kind"] == "hang" and diagnosis["rank"] == 0
     assert "rank 1 on " in diagnosis["cause"] and "has not been heard of for" in diagnosis["cause"]
     assert "last seen in `forward` of step 10, pair 0;" in diagnosis["cause"]
-    assert "this rank (0) waits in collective" in diagnosis["cause"] or "this rank (0) stays in" in diagnosis["cause"]
+    # DeepSpeed reduces gradients inside `backward`.
+    assert "; this rank (0) stays in `backward` of step 10, pair 0 since " in diagnosis["cause"]
     assert f"m2mkd_ds: hung: {diagnosis['cause']}" in ended.output
     assert f"m2mkd: m2mkd_ds {PHASE} failed on rank 0 (host " in ended.output
 

@@ -61,9 +61,7 @@ class VMoEExperts(nn.Module):
         return F.silu(gate) * value
 
     @staticmethod
-    def _linear(
-        rows: Tensor, weight: Tensor, bias: Tensor, experts_R: Tensor, ends: Tensor, owned_R1: Tensor | None, path: str
-    ) -> Tensor:
+    def _linear(rows: Tensor, weight: Tensor, bias: Tensor, experts_R: Tensor, ends: Tensor, owned_R1: Tensor | None, path: str) -> Tensor:
         """Each row times its expert's weight^T, plus its expert's bias; zero for nobody's rows."""
         if path == "loop":
             stops = ends.tolist()

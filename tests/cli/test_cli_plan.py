@@ -1,0 +1,37 @@
+"""`m2mkd plan`: text, JSON and picture of a plan, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.ended import Run
+
+
+def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Path) -> None:
+    words = ("plan", "--recipe", "tiny", "--phase", "end_to_end", "--gpus-per-node", "2", "--largest-micro-batch", "1", "--images", "1437")
+    ended = m2mkd(*words, "--plot", "plan.svg")
+    assert ended.code == 0 and "tiny on 1 x 2 GPUs of 80 GB" in ended.out and "ds_config=zero1" in ended.out
+    assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
+    tree = json.loads(m2mkd(*words, "--json").out)
+    (phase,) = tree["phases"]
+    # 5 epochs of 1437 images in batches of 16 x 2.
+    assert (phase["name"], phase["steps"]) == ("end_to_end", round(5 * 1437 / 32))
+    assert sum(phase["memory"]["parts"].values()) == phase["memory"]["total"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--phase", "split"), "--phase split: this run has the phases pretrain_meta, modular_train"),
+        (("--mfu", "1.5"), "cluster: mfu is 1.5; it must be a number above 0, at most 1"),
+        (("--cluster", "no.yaml"), "--cluster no.yaml: no such file"),
+        (("--pair", "7"), "--pair 7: there are 2 pairs"),
+        (("--largest-micro-batch", "0"), "--largest-micro-batch 0"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(m2mkd: Run, words: tuple[str, ...], told: str) -> None:
+    ended = m2mkd("plan", "--recipe", "tiny", *words)
+    assert ended.code == 2 and told in ended.err and "Traceback" not in ended.err
