@@ -73,7 +73,9 @@ def test_torchs_functions_are_back_afterwards_even_after_an_error() -> None:
     assert torch.distributed.all_reduce is before
 
 
-@pytest.mark.parametrize(("change", "told"), [({"ranks": (1, 1)}, "different numbers"), ({"dim": 100}, "multiple of 64"), ({"steps": 0}, "--steps is 0")])
+@pytest.mark.parametrize(
+    ("change", "told"), [({"ranks": (1, 1)}, "different numbers"), ({"dim": 100}, "multiple of 64"), ({"steps": 0}, "--steps is 0")]
+)
 def test_numbers_that_make_no_measurement_are_refused(change: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         replace(ScalingBench(), **change).check()  # type: ignore[arg-type]
