@@ -72,7 +72,8 @@ def plan(
         gpu_bandwidth: Between GPUs of a host, 10^9 bytes a second for each (200).
         network_gbps: Of a host, 10^9 bits a second (100).
         loader_images_per_s: Images a second that a host's loader prepares; 0: no limit (0).
-        device: gpu, or cpu for CPU ranks (gpu).
+        device: gpu, or cpu for CPU ranks (gpu). Memory is that of training steps: on a CPU rank, building the engines holds up to eight
+            copies of the weights for a moment, and gathering them for evaluation and checkpoints some more.
         images: Images of an epoch; 0: those of the shards, if they are there.
         imbalance: Rows of the busiest expert over the mean: 1 is even. With spread experts, the rank that has it holds more activations.
         largest_micro_batch: Of the table over layouts, which has the powers of two up to it.
