@@ -119,8 +119,8 @@ def save_by_two(root: Path, new: tuple[int, int], asynchronous: bool, disks: tup
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(other, signal.SIGKILL)
     results = []
-    for pid, answer in children:
-        with os.fdopen(answer) as file:
+    for pid, reader in children:
+        with os.fdopen(reader) as file:
             text = file.read()
         results.append(Ended(ended[pid], **json.loads(text)) if text else Ended(ended[pid]))
     return results
