@@ -54,7 +54,7 @@ class _Guard:
         facts = where.facts
         return Failure(
             launch=self.launch, rank=self.world.rank, host=socket.gethostname(), pid=os.getpid(), time=time.time(), kind=kind, cause=cause,
-            where=where.describe(), step=int(facts.get("step", 0)), slots=str(facts.get("slots", "")), exit_code=code,
+            where=where.describe(), step=where.step, slots=str(facts.get("slots", "")), exit_code=code,
         )  # fmt: skip
 
     def record(self, failure: Failure) -> None:
