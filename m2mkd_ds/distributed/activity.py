@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Limit = Literal["", "start", "step", "eval", "save"]
+Limit = Literal["", "start", "first", "step", "eval", "save"]
 """Which time limit holds for a section; the empty one: that of the section around it."""
 
 
@@ -122,7 +122,7 @@ def section(name: str, *, limit: Limit = "", is_collective: bool = False, may_wa
         yield
         return
     outer = _HERE.now.sections
-    step = 0 if limit == "start" else int(facts.get("step", _HERE.now.step))
+    step = int(facts.get("step", 0 if limit == "start" else _HERE.now.step))
     _HERE.now = Snapshot((*outer, Section(name, is_collective, is_collective or may_wait, limit, facts)), time.monotonic(), step)
     try:
         yield

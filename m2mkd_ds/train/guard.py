@@ -93,7 +93,9 @@ def guarded(watch: WatchConfig, world: World, phase: str, folder: Path, stop: St
     names it.
     """
     guard = _open(watch, world, phase, folder)
-    limits_s = {"start": watch.start_s, "step": watch.step_s, "eval": watch.eval_s, "save": watch.save_s}
+    limits_s = {
+        "start": watch.start_s, "first": watch.first_step_s, "step": watch.step_s, "eval": watch.eval_s, "save": watch.save_s
+    }  # fmt: skip
     watchdog = Watchdog(
         Watched(folder, guard.launch, world.rank, world.size, limits_s, watch.heartbeat_s, guard.ended_by_watchdog, stop)
     )  # fmt: skip
