@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Limit = Literal["", "start", "step", "eval", "save"]
+Limit = Literal["", "start", "first", "step", "eval", "save"]
 """Which time limit holds for a section; the empty one: that of the section around it."""
 
 
@@ -47,6 +47,8 @@ class Snapshot:
     sections: tuple[Section, ...]
     changed: float
     """time.monotonic() of the last entry or exit."""
+    step: int = 0
+    """The last step that a section named; 0 before the first of a phase."""
 
     @property
     def name(self) -> str:
@@ -120,7 +122,8 @@ def section(name: str, *, limit: Limit = "", is_collective: bool = False, may_wa
         yield
         return
     outer = _HERE.now.sections
-    _HERE.now = Snapshot((*outer, Section(name, is_collective, is_collective or may_wait, limit, facts)), time.monotonic())
+    step = int(facts.get("step", 0 if limit == "start" else _HERE.now.step))
+    _HERE.now = Snapshot((*outer, Section(name, is_collective, is_collective or may_wait, limit, facts)), time.monotonic(), step)
     try:
         yield
     except BaseException as error:
@@ -128,7 +131,7 @@ def section(name: str, *, limit: Limit = "", is_collective: bool = False, may_wa
             setattr(error, _RAISED_IN, _HERE.now)
         raise
     finally:
-        _HERE.now = Snapshot(outer, time.monotonic())
+        _HERE.now = Snapshot(outer, time.monotonic(), _HERE.now.step)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def beat_of(launch: str, rank: int, beat: int, now: Snapshot) -> Heartbeat:
     """This process's heartbeat."""
     return Heartbeat(
         launch=launch, rank=rank, host=socket.gethostname(), pid=os.getpid(), pid_started=start_time(os.getpid()), beat=beat,
-        time=time.time(), step=int(now.facts.get("step", 0)), section=now.name, describes=now.describe(),
+        time=time.time(), step=now.step, section=now.name, describes=now.describe(),
         may_wait=now.may_wait, since_s=round(time.monotonic() - now.changed, 3),
     )  # fmt: skip
 

@@ -120,7 +120,8 @@ class Watchdog:
         # A rank that nobody else can hold up is its own suspect, unless another one is missing altogether.
         other = observer.suspect(here) if here.may_wait and self._watched.size > 1 else observer.missing()
         text = f"{other}; {waits}" if other else waits
-        text += f" (limit: watch.{here.limit}_s={limit_s:g})"
+        field = "the longer of watch.start_s and watch.step_s" if here.limit == "first" else f"watch.{here.limit}_s"
+        text += f" (limit: {field}={limit_s:g})"
         self._end(text, here, HANG_CODE)
 
     def _end(self, text: str, here: Snapshot, code: int) -> None:

@@ -54,7 +54,7 @@ class _Guard:
         facts = where.facts
         return Failure(
             launch=self.launch, rank=self.world.rank, host=socket.gethostname(), pid=os.getpid(), time=time.time(), kind=kind, cause=cause,
-            where=where.describe(), step=int(facts.get("step", 0)), slots=str(facts.get("slots", "")), exit_code=code,
+            where=where.describe(), step=where.step, slots=str(facts.get("slots", "")), exit_code=code,
         )  # fmt: skip
 
     def record(self, failure: Failure) -> None:
@@ -93,7 +93,9 @@ def guarded(watch: WatchConfig, world: World, phase: str, folder: Path, stop: St
     names it.
     """
     guard = _open(watch, world, phase, folder)
-    limits_s = {"start": watch.start_s, "step": watch.step_s, "eval": watch.eval_s, "save": watch.save_s}
+    limits_s = {
+        "start": watch.start_s, "first": watch.first_step_s, "step": watch.step_s, "eval": watch.eval_s, "save": watch.save_s
+    }  # fmt: skip
     watchdog = Watchdog(
         Watched(folder, guard.launch, world.rank, world.size, limits_s, watch.heartbeat_s, guard.ended_by_watchdog, stop)
     )  # fmt: skip

@@ -22,7 +22,7 @@ from m2mkd_ds.logs import logger
 from m2mkd_ds.train.hostfile import with_meeting_point
 from m2mkd_ds.train.launch_env import KEEPALIVE, ignored_env_files, sent_environment, write_env_file
 from m2mkd_ds.train.outcome import JobRecords
-from m2mkd_ds.train.stopping import StopFlag, StopRequested, end_at_once, listening
+from m2mkd_ds.train.stopping import STOP_CODE, StopFlag, StopRequested, end_at_once, listening
 
 SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=:,@+")
 
@@ -144,10 +144,11 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
         finally:
             _signal_group(process[0], signal.SIGKILL)
     ending = records.ending()
-    if ending.state == "stopped" or stop():
-        raise StopRequested(ending.phase, ending.step, stop.why or ending.text)
     if ending.state == "failed":
         raise LaunchError(ending.text, ending.code)
+    # Stopped before there was a job, a rank leaves no record, but its code.
+    if ending.state == "stopped" or stop() or (ending.state == "running" and code == STOP_CODE):
+        raise StopRequested(ending.phase, ending.step, stop.why or ending.text)
     if code != 0 or ending.state == "running":
         # 0 is what the launcher returns, too, when it finds its own child killed.
         what = f"exit code {code}" if code >= 0 else signal.Signals(-code).name

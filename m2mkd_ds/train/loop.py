@@ -111,7 +111,8 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, save
             # A trainee that was trained further elsewhere waits until the others have caught up.
             active = [trainee for trainee in job.trainees if trainee.step == step]
             log = step % job.phase.log_steps == 0 or step + 1 == job.total_steps
-            stopping = _train_step(job, feed, active, step, log, bad, fed, ledger, saver)
+            with section("step", limit="first" if step == start else "", step=step + 1):
+                stopping = _train_step(job, feed, active, step, log, bad, fed, ledger, saver)
             since_log += job.global_batch_size
             if log:
                 now = time.monotonic()

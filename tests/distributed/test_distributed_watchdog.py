@@ -74,7 +74,11 @@ def test_sections_nest_and_say_where_the_main_thread_is() -> None:
     assert after.describe() == "`save` of step 12" and after.changed > inside.changed
     with section("forward", step=3, pair=1, slots=range(4)):
         assert snapshot().describe() == "`forward` of step 3, pair 1"
-    assert snapshot().sections == ()
+        with section("agree"):
+            assert snapshot().step == 3
+    assert snapshot().sections == () and snapshot().step == 3
+    with section("start", limit="start"), section("read"):
+        assert snapshot().step == 0
 
 
 def test_an_error_keeps_the_innermost_section_that_it_was_raised_in() -> None:
