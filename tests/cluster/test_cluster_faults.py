@@ -21,7 +21,7 @@ from tests.cluster.lab import Lab
 from tests.launching import launch
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
-STEPS = 150
+STEPS = 400
 STRIKE = 33
 """Checkpoints are written every 5 steps."""
 END_S = 90
