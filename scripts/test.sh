@@ -9,7 +9,8 @@ case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; e
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # A lab of hosts needs a few Debian packages; where they cannot be had, its tests are skipped and say so.
-if [ -n "${CI:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v pdsh sshd ip hostname >/dev/null; then
+lab_is_possible() { for name in pdsh sshd ip hostname; do command -v "$name" >/dev/null || return 1; done; }
+if [ -n "${CI:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! lab_is_possible; then
     echo "== packages for the lab of hosts =="
     export DEBIAN_FRONTEND=noninteractive
     { timeout 120 apt-get update -qq && timeout 240 apt-get install -y -qq --no-install-recommends iproute2 openssh-server pdsh hostname; } \

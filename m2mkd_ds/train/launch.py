@@ -7,18 +7,20 @@ hosts need stands in RUN/launch.env (`launch_env.py`); where they meet is settle
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from m2mkd_ds.config import ConfigError, LaunchConfig
 from m2mkd_ds.logs import logger
+from m2mkd_ds.train.connections import MARK, cut_connections
 from m2mkd_ds.train.hostfile import with_meeting_point
 from m2mkd_ds.train.launch_env import KEEPALIVE, ignored_env_files, sent_environment, write_env_file
 from m2mkd_ds.train.outcome import JobRecords
@@ -115,9 +117,10 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
     The launcher runs in its own process group, because it leaves its ranks running when it alone is killed.
     """
     environment = launch_environment(launch, os.environ)
+    mark = secrets.token_hex(8)
     if launch.hostfile:
         command = launch_command(with_meeting_point(launch, str(run_dir)), verb)
-        environment = cluster_environment(environment, run_dir / "launch.env")
+        environment = {**cluster_environment(environment, run_dir / "launch.env"), MARK: mark}
     else:
         command = launch_command(with_own_port(with_meeting_point(launch, "")), verb)
     records.clear()
@@ -127,22 +130,28 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
     def kill_job(number: int) -> None:
         for job in process:
             _signal_group(job, signal.SIGKILL)
+        cut_connections(mark)
         end_at_once(number)
 
-    # Of a cluster's job the launcher's group is pdsh and its ssh connections. They are cut: each rank sees its launcher's shell end,
-    # saves and leaves. The launcher's own way, on SIGTERM, is a pkill that ends every job of this user and environment on all hosts.
-    ask = signal.SIGKILL if launch.hostfile else signal.SIGTERM
+    def ask_to_stop() -> None:
+        if launch.hostfile:
+            # Each rank sees its launcher's shell end, saves and leaves. The launcher's own way, on SIGTERM, is a pkill that ends every
+            # job of this user and environment on all hosts.
+            cut_connections(mark)
+        else:
+            _signal_group(process[0], signal.SIGTERM)
+
     with listening(stop, (), kill_job):
         process.append(subprocess.Popen(command, env=environment, start_new_session=True))
         try:
-            code = _wait(process[0], stop, ask, patience_s)
-            if launch.hostfile:
-                _signal_group(process[0], signal.SIGKILL)  # of a launcher that was killed, the connections are left
+            code = _wait(process[0], stop, ask_to_stop, patience_s)
+            cut_connections(mark)  # those of a launcher that was killed are left
             # Ranks that the launcher has left behind notice it, save and leave.
             records.await_end(patience_s)
             _await_group(process[0])
         finally:
             _signal_group(process[0], signal.SIGKILL)
+            cut_connections(mark)
     ending = records.ending()
     if ending.state == "failed":
         raise LaunchError(ending.text, ending.code)
@@ -167,14 +176,14 @@ def run_here(launch: LaunchConfig, verb: list[str]) -> None:
         raise LaunchError(f"{spell(command)} ended with exit code {code}; its message is above")
 
 
-def _wait(process: subprocess.Popen[bytes], stop: StopFlag, ask: signal.Signals, patience_s: float) -> int:
-    """The launcher's exit code. Once `stop` is set, all of the job is asked to stop, by the signal `ask` to the launcher's group."""
+def _wait(process: subprocess.Popen[bytes], stop: StopFlag, ask_to_stop: Callable[[], None], patience_s: float) -> int:
+    """The launcher's exit code. Once `stop` is set, all of the job is asked to stop."""
     deadline = float("inf")
     while process.poll() is None:
         if stop() and deadline == float("inf"):
             deadline = time.monotonic() + patience_s
             logger.info("%s: asking the job to save and stop; the same again kills it", stop.why)
-            _signal_group(process, ask)
+            ask_to_stop()
         if time.monotonic() > deadline:
             _signal_group(process, signal.SIGKILL)
         time.sleep(0.1)

@@ -10,6 +10,8 @@ import pytest
 
 from tests.cluster.lab import Lab, alive, why_no_lab
 
+pytestmark = pytest.mark.multinode
+
 
 def test_hosts_know_each_other_by_name_and_share_no_process_and_no_name(lab: Lab, tmp_path: Path) -> None:
     answer = lab.ssh("node1", "hostname; hostname -I; ssh node2 hostname; ssh node2 hostname -I")

@@ -86,7 +86,7 @@ def _median_s(world: World, work: Callable[[], Any]) -> float:
 def main() -> None:
     """The whole job of one rank."""
     signal.alarm(LIMIT_S)
-    world = init_world(COLLECTIVE_LIMIT_S)
+    world = init_world(COLLECTIVE_LIMIT_S, start_timeout_s=COLLECTIVE_LIMIT_S)
     check_values(world)
     speeds = measure(world)
     network = os.environ.get("NCCL_SOCKET_IFNAME") if world.device.type == "cuda" else os.environ.get("GLOO_SOCKET_IFNAME")
