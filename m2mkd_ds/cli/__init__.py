@@ -106,17 +106,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _code_of_known(err)
         if code is None:
             raise
-        sys.stderr.write(f"m2mkd: {err}\n")
         if os.environ.get("M2MKD_DEBUG"):
             traceback.print_exc()
+        _say(err)
         sys.exit(code)
     except Exception as err:
         from m2mkd_ds.train.stopping import STOP_CODE, StopRequested
 
         if not isinstance(err, StopRequested):
             raise
-        sys.stderr.write(f"m2mkd: {err}\n")
+        _say(err)
         sys.exit(STOP_CODE)
+
+
+def _say(err: Exception) -> None:
+    """One line on stderr, whose reader may have gone with a launcher that was killed: the exit code must come out all the same."""
+    from m2mkd_ds.train.closed_output import outliving_readers
+
+    with outliving_readers():
+        sys.stderr.write(f"m2mkd: {err}\n")
+        sys.stderr.flush()
 
 
 def _code_of_known(err: RuntimeError) -> int | None:

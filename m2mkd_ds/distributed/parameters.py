@@ -45,7 +45,8 @@ def describe_parameters(
     its weight decay, and among groups of the same decay by their order.
     """
     families: dict[tuple[Any, int], int] = {}
-    family_of, ep_size_of = {}, {}
+    family_of: dict[str, int] = {}
+    ep_size_of: dict[str, int] = {}
     seen: Counter[tuple[bool, Any]] = Counter()
     for names, group, spread in zip(named_groups, optimizer.param_groups, experts, strict=True):
         decay = group.get("weight_decay")

@@ -71,7 +71,11 @@ def spell(command: list[str]) -> str:
 
 def launch_environment(launch: LaunchConfig, base: Mapping[str, str]) -> dict[str, str]:
     """The ranks' environment: thread count, and the CPU accelerator named so that nothing is probed."""
+    import torch
+
     environment = dict(base)
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(launch.threads_per_rank))
     package_root = str(Path(__file__).resolve().parents[2])
     kernels = str(Path(package_root) / "kernels")
@@ -110,11 +114,7 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
     (SIGTERM, SIGINT, SIGUSR1) is handed on to the whole job, which may save for at most `patience_s`; the same signal again kills the job.
     The launcher runs in its own process group, because it leaves its ranks running when it alone is killed.
     """
-    import torch
-
     environment = launch_environment(launch, os.environ)
-    if not torch.accelerator.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
     if launch.hostfile:
         command = launch_command(with_meeting_point(launch, str(run_dir)), verb)
         environment = cluster_environment(environment, run_dir / "launch.env")
@@ -152,6 +152,18 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
         # 0 is what the launcher returns, too, when it finds its own child killed.
         what = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         raise LaunchError(f"{spell(command)} ended with {what}; {ending.text or 'its message is above'}")
+
+
+def run_here(launch: LaunchConfig, verb: list[str]) -> None:
+    """Run a job of this host that keeps no records, such as a benchmark. Raises LaunchError for its exit code."""
+    command = launch_command(with_own_port(launch), verb)
+    process = subprocess.Popen(command, env=launch_environment(launch, os.environ), start_new_session=True)
+    try:
+        code = process.wait()
+    finally:
+        _signal_group(process, signal.SIGKILL)
+    if code != 0:
+        raise LaunchError(f"{spell(command)} ended with exit code {code}; its message is above")
 
 
 def _wait(process: subprocess.Popen[bytes], stop: StopFlag, ask: signal.Signals, patience_s: float) -> int:

@@ -63,6 +63,13 @@ def test_shards_stay_under_the_limit_and_the_index_knows_where_all_is(tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["step-00000007", *(f.name for f in done.files)])
 
 
+def test_shards_are_filled_in_the_order_of_the_module(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "step-00000007", make_state(), ep_size=1, data_size=1)
+    done = consolidate(folder, tmp_path / "out.safetensors", max_shard_bytes=400)
+    # Bytes: cls_token 20 + qkv 300 | up_proj 560, alone | up_proj_bias 112 + router 80 + head 60 + 12 + balance_bias 16 + calls 8 = 288.
+    assert [sum(value.nbytes for value in load_file(file).values()) for file in done.files[:-1]] == [320, 560, 288]
+
+
 def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "step-00000007", make_state(), ep_size=1, data_size=1)
     with pytest.raises(StoreError, match="must end in .safetensors"):

@@ -225,6 +225,27 @@ def one_engine(world: jobs.World, net: nn.Module, params: list[Any] | None = Non
     return DeepSpeedEngine(net, optimizer, resolve_ds_config("zero1", phase, world_size=world.size, precision="fp32"), world)
 
 
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(world: jobs.World, tmp_path: Path) -> None:
+    engine = one_engine(world, nn.Linear(2, 3))
+
+    def step() -> None:
+        engine.backward(engine(torch.ones(4, 2)).square().sum())
+        engine.step(0.1)
+
+    step()
+    taken, before = engine.snapshot(), engine.full_state_dict()
+    step()
+    after = engine.full_state_dict()
+    assert worst(after, before) > 1e-2
+    files = taken.write(tmp_path)
+    assert {name: path.stat().st_size for name in files for path in [tmp_path / name]} == {name: file.bytes for name, file in files.items()}
+    engine.load(tmp_path)
+    assert worst(engine.full_state_dict(), before) == 0.0
+    step()
+    assert worst(engine.full_state_dict(), after) == 0.0  # moments and step came back, too
+    engine.close()
+
+
 def test_the_optimizer_must_hold_every_trainable_parameter_once(world: jobs.World) -> None:
     net = nn.Linear(2, 3)
     with pytest.raises(ValueError, match=r"missing \['bias'\]"):

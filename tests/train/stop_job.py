@@ -2,8 +2,9 @@
 
     python stop_job.py OUT NAME PLACE pipeline ...    the verb `pipeline`, whose launched ranks run this script too
     python stop_job.py OUT NAME PLACE train ...       a rank (or, by a launcher, all of them)
-PLACE: `free`, `step:N` (every rank waits before it learns from its last micro-batch of step N), or `evaluate` (behind the first batch of
-an evaluation). A rank that waits makes OUT/NAME.ready.RANK and goes on when OUT/NAME.go is there.
+PLACE: `free`; `nan:N` (in step N, a loss that is no number); `step:N` (every rank waits before it learns from its last micro-batch of
+step N); `evaluate` (behind the first batch of an evaluation). A rank that waits makes OUT/NAME.ready.RANK and goes on when OUT/NAME.go is
+there.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +40,20 @@ def stop_config(out: Path, name: str) -> RunConfig:
     base = config_of(out, name, num_workers=1)
     return replace(
         base, pretrain_meta=replace(base.pretrain_meta, eval_epochs=0.87), launch=LaunchConfig(num_gpus=2),
-        watch=WatchConfig(heartbeat_s=0.5, step_s=LIMIT_S, start_s=120.0),
+        watch=WatchConfig(heartbeat_s=0.5, step_s=LIMIT_S, start_s=400.0),
     )  # fmt: skip
 
 
-def wait_for_the_test(mark: Path) -> None:
+def wait_for_the_test(mark: Path, output: Any = None) -> Any:
     mark.with_name(f"{mark.name}.ready.{RANK}").touch()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not mark.with_name(f"{mark.name}.go").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    return output
 
 
-def wait_in_step(mark: Path, number: int) -> None:
+def act_in_step(number: int, act: Callable[[StepOutput], StepOutput]) -> None:
+    """Before the loop learns from the last micro-batch of a step."""
     original = jobs.make_trainee
 
     def make_trainee(*args: Any, **options: Any) -> Any:
@@ -58,9 +62,8 @@ def wait_in_step(mark: Path, number: int) -> None:
 
         def step(batch: TeacherBatch, log: bool) -> StepOutput:
             calls[0] += 1
-            if trainee.step + 1 == number and calls[0] % 2 == 0:  # two micro-batches a step
-                wait_for_the_test(mark)
-            return inner(batch, log)
+            output = inner(batch, log)
+            return act(output) if trainee.step + 1 == number and calls[0] % 2 == 0 else output  # two micro-batches a step
 
         trainee.step_fn = step
         return trainee
@@ -107,8 +110,10 @@ def main() -> None:
         launch_this(words)
     elif place == "evaluate":
         SmallEvalLoader.mark = out / name
-    elif place != "free":
-        wait_in_step(out / name, int(place.removeprefix("step:")))
+    elif place.startswith("step:"):
+        act_in_step(int(place.removeprefix("step:")), partial(wait_for_the_test, out / name))
+    elif place.startswith("nan:"):
+        act_in_step(int(place.removeprefix("nan:")), lambda output: replace(output, loss=output.loss * float("nan")))
     cli.main(words[3:])
 
 

@@ -7,18 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from m2mkd_ds.config import LaunchConfig
 from m2mkd_ds.distributed.processes import Process, seen
 from m2mkd_ds.distributed.rank_files import Failure, Heartbeat, failure_file, heartbeat_file, read_failures, write_record
 from m2mkd_ds.train.closed_output import outliving_readers
 from m2mkd_ds.train.guard import exit_code
 from m2mkd_ds.train.loop import NonFiniteLossError
 from m2mkd_ds.train.outcome import FILE_NAME, JobRecords, Outcome, read_outcome, write_outcome
+from m2mkd_ds.train.pipeline import write_config
 from m2mkd_ds.train.stopping import SAME_REQUEST_S, StopFlag, StopRequested, _Listener, launcher_chain, listening
+from tests.launching import rank_environment
+from tests.train import stop_job
+from tests.train.kill_resume_job import PHASE
+from tests.train.stop_job import stop_config
+from tests.train.test_train_kill_resume import write_noise
 
 
 def failure(rank: int, kind: str, at: float, code: int = 1, cause: str = "ValueError: no such shard") -> Failure:
@@ -216,3 +223,20 @@ def test_a_closed_output_does_not_end_a_process(tmp_path: Path) -> None:
 def test_a_stop_names_phase_step_and_reason() -> None:
     text = str(StopRequested("m2mkd", 12, "SIGTERM"))
     assert text == "stopped on request in m2mkd at step 12 (SIGTERM); the same command goes on"
+
+
+def test_a_loss_that_is_no_number_ends_a_run_with_77_and_a_record_of_its_slots(tmp_path: Path) -> None:
+    """One rank without a launcher, by the verb `train`."""
+    write_noise(tmp_path / "shards")
+    config = write_config(replace(stop_config(tmp_path, "nan"), launch=LaunchConfig()))
+    command = [sys.executable, str(stop_job.__file__), str(tmp_path), "nan", "nan:2", "train", "--config", str(config), "--phase", PHASE]
+    done = subprocess.run(command, env=rank_environment(tmp_path), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 77, done.stderr[-4000:]
+    # Two micro-batches of two images a step on one rank: the last one of the second step has slots 6 and 7.
+    told = f"loss is NaN or infinite at step 1 ({PHASE}: slots [6, 7]); no weight was changed in this step"
+    assert done.stderr.strip().splitlines()[-1] == f"m2mkd: {told}"
+    failures = read_failures(tmp_path / "nan" / PHASE)
+    assert (failures[0].kind, failures[0].cause, failures[0].step) == ("own", f"NonFiniteLossError: {told}", 2)
+    outcome = read_outcome(tmp_path / "nan" / PHASE)
+    assert outcome is not None
+    assert (outcome.state, outcome.exit_code, outcome.step, outcome.launcher) == ("failed", 77, 2, "none")

@@ -1,76 +1,54 @@
 """One run, killed twenty times and always started again by the same command, against the run that nobody disturbed: bit for bit the same.
 
-SIGKILL to the whole job of two ranks, at points drawn with a fixed seed: at a micro-batch, or before an operation on a checkpoint's files,
+SIGKILL to all ranks at once, at points drawn with a fixed seed: at a micro-batch, or before an operation on a checkpoint's files, counted
 on either rank, with saves in line and asynchronous by turns.
 """
 
 from __future__ import annotations
 
 import json
-import random
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from m2mkd_ds.logs import read_metrics
-from m2mkd_ds.train.pipeline import write_config
-from tests.launching import launch
+from tests.launching import rank_environment
 from tests.train import random_kills_job
 from tests.train.kill_resume_job import PHASE
-from tests.train.random_kills_job import CHECKPOINT_STEPS, STEPS, config_for
+from tests.train.random_kills_job import CHECKPOINT_STEPS, STEPS
 from tests.train.test_train_kill_resume import write_noise
 
-SCRIPT = Path(random_kills_job.__file__)
-KILLS = 20
+SEED, KILLS = 20, 20
 TIMES = ("time_s", "images_per_second", "data/wait_share")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # 22 launches
-
-
-def points() -> list[tuple[str, int, int]]:
-    """(kind, rank, count). A save is about 30 operations of rank 0 and 10 of rank 1; a step is two micro-batches."""
-    draw = random.Random(20)
-    found = []
-    for number in range(KILLS):
-        rank = draw.randrange(2)
-        kind = "batch" if number % 4 == 0 else "file"
-        found.append((kind, rank, draw.randint(1, 12) if kind == "batch" else draw.randint(1, (70, 25)[rank])))
-    return found
-
-
-def run_once(out: Path, name: str, kind: str, rank: int, count: int, asynchronous: bool) -> int:
-    words = ["train", "--config", str(out / name / "config.yaml"), "--phase", PHASE]
-    words += ["--set", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
-    return launch(SCRIPT, [str(out), kind, str(rank), str(count), *words], timeout_s=120, check=kind == "none").returncode
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("random_kills")
     write_noise(out / "shards")
-    for name in ("straight", "killed"):
-        write_config(config_for(out, name))
-    run_once(out, "straight", "none", 0, 0, asynchronous=False)
-    for log in out.glob("steps.*.txt"):
-        log.unlink()
-    rounds = []
-    for number, (kind, rank, count) in enumerate(points()):
-        assert run_once(out, "killed", kind, rank, count, asynchronous=number % 2 == 1) == -9, (number, kind, rank, count)
-        assert not (out / "killed" / PHASE / "done.json").exists()
-        rounds.append(steps_begun(out))
-    run_once(out, "killed", "none", 0, 0, asynchronous=True)
-    rounds.append(steps_begun(out))
-    (out / "rounds.json").write_text(json.dumps(rounds))
+    with (out / "output.txt").open("w") as text:
+        command = [sys.executable, str(Path(random_kills_job.__file__)), str(out), str(SEED), str(KILLS)]
+        job = subprocess.run(
+            command, env=rank_environment(tmp_path_factory.mktemp("scratch")), stdout=text, stderr=text, timeout=1200, check=False
+        )
+    assert job.returncode == 0, (out / "output.txt").read_text()[-4000:]
     return out
 
 
-def steps_begun(out: Path) -> list[int]:
-    """Steps of rank 0 in the round that has just ended; the log begins anew."""
-    log = out / "steps.0.txt"
-    steps = [int(line) for line in log.read_text().split()] if log.exists() else []
-    log.unlink(missing_ok=True)
-    return steps
+@pytest.fixture(scope="module")
+def rounds(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "rounds.json").read_text())["rounds"]
+
+
+def test_every_round_but_the_last_was_ended_by_a_kill(out: Path, rounds: list[dict[str, Any]]) -> None:
+    assert [entry["ended"] for entry in rounds] == [[-9, -9]] * KILLS + [[0, 0]], (out / "output.txt").read_text()[-4000:]
+    assert len({(entry["point"]["kind"], entry["point"]["rank"], entry["point"]["asynchronous"]) for entry in rounds[:-1]}) >= 6
 
 
 def test_the_weights_are_those_of_the_undisturbed_run_bit_for_bit(out: Path) -> None:
@@ -86,11 +64,11 @@ def test_the_metrics_are_those_of_the_undisturbed_run(out: Path) -> None:
     assert len(straight) == STEPS and straight == killed
 
 
-def test_no_kill_costs_more_than_the_save_under_way_and_the_interval_before_it(out: Path) -> None:
-    rounds = [steps for steps in json.loads((out / "rounds.json").read_text()) if steps]
-    for before, after in zip(rounds, rounds[1:], strict=False):
+def test_no_kill_costs_more_than_the_save_under_way_and_the_interval_before_it(rounds: list[dict[str, Any]]) -> None:
+    begun = [entry["steps"] for entry in rounds if entry["steps"]]
+    for before, after in zip(begun, begun[1:], strict=False):
         assert before[-1] - 2 * CHECKPOINT_STEPS <= after[0] <= before[-1] + 1, (before, after)
-    assert sum(before[-1] >= after[0] for before, after in zip(rounds, rounds[1:], strict=False)) > 5  # work was lost, and done again
+    assert sum(before[-1] >= after[0] for before, after in zip(begun, begun[1:], strict=False)) > 5  # work was lost, and done again
 
 
 def test_nothing_is_left_of_the_saves_that_were_cut_off(out: Path) -> None:

@@ -32,7 +32,7 @@ from tests.train.stop_job import EVAL_STEPS, LIMIT_S, stop_config
 from tests.train.test_train_kill_resume import write_noise
 
 SCRIPT = Path(stop_job.__file__)
-pytestmark = pytest.mark.timeout(900)  # eight launches, on a machine that may be busy
+pytestmark = pytest.mark.timeout(1800)  # eight launches, on a machine that may be busy
 
 
 @dataclass
@@ -81,7 +81,7 @@ def strike(out: Path, place: str, fault: Callable[[Job], None], *, verb: str = "
     else:
         command = [*launcher_command(2, free_port()), *words, "train", "--config", str(config), "--phase", PHASE]
     with started(out, command) as job:
-        wait_until(lambda: all((out / f"{mark}.ready.{rank}").exists() for rank in (0, 1)), job, 120)
+        wait_until(lambda: all((out / f"{mark}.ready.{rank}").exists() for rank in (0, 1)), job, 300)
         time.sleep(1.2)  # heartbeats tell where the ranks are
         job.everybody = psutil.Process(job.process.pid).children(recursive=True)
         began = time.time()
@@ -89,7 +89,7 @@ def strike(out: Path, place: str, fault: Callable[[Job], None], *, verb: str = "
         if release_s is not None:
             time.sleep(release_s)
             (out / f"{mark}.go").touch()
-        output, _ = job.process.communicate(timeout=150)
+        output, _ = job.process.communicate(timeout=400)
         _, alive = psutil.wait_procs(job.everybody, timeout=10)
         outcome, failures = records(job.folder)
         return Ended(job.process.returncode, output, outcome["time"] - began, [" ".join(p.cmdline()) for p in alive], outcome, failures)
@@ -127,7 +127,7 @@ def records(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
 def run_free(out: Path, name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), str(out), name, "free", "pipeline", "--config", str(out / name / "config.yaml")]
     return subprocess.run(
-        [*command, "--until", PHASE], env=rank_environment(out), capture_output=True, text=True, timeout=150, check=False
+        [*command, "--until", PHASE], env=rank_environment(out), capture_output=True, text=True, timeout=400, check=False
     )  # fmt: skip
 
 
