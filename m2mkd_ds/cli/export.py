@@ -57,8 +57,9 @@ def export(
         _push(run, push, private=private, revision=revision, dry_run=dry_run)
         return
     config = replace(load(run / "config.yaml"), run_dir=str(run.resolve()))
-    changes = {"max_shard_size": max_shard_size, "license": licence}
-    config = replace(config, export=replace(config.export, **{key: value for key, value in changes.items() if value}))
+    said = config.export
+    said = replace(said, max_shard_size=max_shard_size or said.max_shard_size, license=licence or said.license)
+    config = replace(config, export=said)
 
     from m2mkd_ds.train.export_run import export_run
 

@@ -45,7 +45,9 @@ class VMoEImageProcessor(BaseImageProcessor):
         self.do_resize, self.do_center_crop = do_resize, do_center_crop
         self.do_rescale, self.do_normalize = do_rescale, do_normalize
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+    def preprocess(  # type: ignore[override]  # one positional argument only
+        self, images: Any, return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """One image or a list: Pillow images, arrays or tensors (uint8 0..255, or floats 0..1), addresses or paths.
 
         `kwargs` replace settings for this call. Raises ValueError for a setting that does not exist, TypeError for what is no image.
