@@ -49,6 +49,8 @@ class MemoryRow:
     precision: str
     micro_batch: int
     accumulation: int
+    imbalance: float
+    """Of the run: rows of the busiest expert over the mean, the mean of the blocks. The prediction is told."""
     predicted: int
     measured: Measured
     when: str
@@ -89,6 +91,7 @@ COLUMNS: tuple[tuple[str, Callable[[MemoryRow], str]], ...] = (
     ("ep", lambda row: str(row.ep_size)),
     ("precision", lambda row: row.precision),
     ("batch", lambda row: f"{row.micro_batch} x {row.accumulation}"),
+    ("busiest", lambda row: f"{row.imbalance:.2f}"),
     ("predicted MB", lambda row: f"{row.predicted / 1e6:.1f}"),
     ("measured MB", lambda row: f"{row.measured.steps_peak / 1e6:.1f}"),
     ("ratio", lambda row: f"{row.ratio:.3f}"),

@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from m2mkd_ds.bench.memory_cases import CASES, SMALL_CASE, MemoryCase, case_config
+from m2mkd_ds.bench.memory_cases import CASES, SMALL_CASE, SPREAD_CASE, MemoryCase, case_config
 from m2mkd_ds.bench.memory_rows import SCHEMA, MemoryRow, from_windows, render, write_files
 from m2mkd_ds.cli.app import bench_app, out
 from m2mkd_ds.config import LaunchConfig
 from m2mkd_ds.logs import logger, setup_logging
 
-ALL_CASES = (*CASES, SMALL_CASE)
+ALL_CASES = (*CASES, SPREAD_CASE, SMALL_CASE)
 
 
 @bench_app.command
@@ -103,15 +103,29 @@ def _row(case: MemoryCase, folder: Path, phase: str, ranks: list[dict[str, Any]]
     zero = read_ds_config(Path(config.m2mkd.ds_config))["zero_optimization"]
     layout = Layout(
         ranks=case.ranks, ep_size=case.ep_size, micro_batch_size=case.micro_batch, accumulation=case.accumulation, precision=case.precision,
-        zero=zero, is_gpu=False,
+        zero=zero, is_gpu=False, imbalance=_imbalance(Path(config.run_dir) / phase),
     )  # fmt: skip
     found = MemoryModel(config, phase).peak(layout)
     measured = max((from_windows(**rank) for rank in ranks), key=lambda one: one.steps_peak)
     return MemoryRow(
         case=case.name, phase=phase, ranks=case.ranks, stage=case.stage, ep_size=case.ep_size, precision=case.precision,
-        micro_batch=case.micro_batch, accumulation=case.accumulation, predicted=found.total, measured=measured, when=found.when,
-        parts=found.parts,
+        micro_batch=case.micro_batch, accumulation=case.accumulation, imbalance=layout.imbalance, predicted=found.total,
+        measured=measured, when=found.when, parts=found.parts,
     )  # fmt: skip
+
+
+def _imbalance(folder: Path) -> float:
+    """Of the routing of a phase, from its metrics: busiest expert over the mean, mean of blocks and of steps from the second on."""
+    from m2mkd_ds.logs import read_metrics
+
+    found = [
+        value
+        for file in folder.glob("**/metrics.jsonl")
+        for line in read_metrics(file)[1:]
+        for name, value in line.items()
+        if name.endswith("/max_over_mean")
+    ]
+    return sum(found) / len(found)
 
 
 def _result(command: str, cases: list[MemoryCase], rows: list[MemoryRow], wall_s: float) -> dict[str, Any]:

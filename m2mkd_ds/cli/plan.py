@@ -36,6 +36,7 @@ def plan(
     loader_images_per_s: Number = None,
     device: Annotated[str | None, tyro.conf.arg(metavar="gpu|cpu")] = None,
     images: int = 0,
+    imbalance: float = 1.0,
     largest_micro_batch: int = 512,
     json: bool = False,
     plot: Path | None = None,
@@ -52,8 +53,9 @@ def plan(
 
     How it is computed. The very modules of a phase run one step on torch's meta device, where tensors have shapes and no memory; what
     autograd keeps is counted byte by byte, and DeepSpeed's buffers are followed from one gradient to the next. On CPU ranks this is checked
-    against the allocator (docs/benchmarks/plan_memory_cpu.md). Routing is taken as even. The speed is that of the narrowest of compute,
-    links and loader, as if the others hid behind it; `no overlap` is the other extreme. MFU is an assumption: measure a step, then set it.
+    against the allocator (docs/benchmarks/plan_memory_cpu.md). Routing is as uneven as --imbalance says. The speed is that of the narrowest
+    of compute, links and loader, as if the others hid behind it; `no overlap` is the other extreme. MFU is an assumption: measure a step,
+    then set it.
 
     Args:
         recipe: Name of a recipe (see `m2mkd recipes`). This or --config.
@@ -70,8 +72,10 @@ def plan(
         gpu_bandwidth: Between GPUs of a host, 10^9 bytes a second for each (200).
         network_gbps: Of a host, 10^9 bits a second (100).
         loader_images_per_s: Images a second that a host's loader prepares; 0: no limit (0).
-        device: gpu, or cpu for CPU ranks (gpu).
+        device: gpu, or cpu for CPU ranks (gpu). Memory is that of training steps: on a CPU rank, building the engines holds up to eight
+            copies of the weights for a moment, and gathering them for evaluation and checkpoints some more.
         images: Images of an epoch; 0: those of the shards, if they are there.
+        imbalance: Rows of the busiest expert over the mean: 1 is even. With spread experts, the rank that has it holds more activations.
         largest_micro_batch: Of the table over layouts, which has the powers of two up to it.
         json: Print all numbers as JSON instead.
         plot: Write a picture (SVG) of the memory by part.
@@ -90,11 +94,13 @@ def plan(
     hosts = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     resolved = resolve(config, recipe, "", set)
     names = _phases(resolved, phase)
+    if imbalance < 1:
+        raise ValueError(f"--imbalance is {imbalance:g}; the busiest expert has at least the mean, which is 1")
     if images < 0 or largest_micro_batch < 1:
         raise ValueError(f"--images is {images} and --largest-micro-batch {largest_micro_batch}; give at least 0 and 1")
     options = PlanOptions(
         phases=names, images=images or _images_of_shards(resolved), zero_files=_zero_files(resolved, names), pairs=_pairs(resolved, pair),
-        largest_micro_batch=largest_micro_batch,
+        largest_micro_batch=largest_micro_batch, imbalance=imbalance,
     )  # fmt: skip
     found = plan_run(resolved, hosts, options)
     if plot is not None:

@@ -35,7 +35,7 @@ class Section:
     name: str
     is_collective: bool
     may_wait: bool
-    """Whether other ranks can hold it up: a collective, or one that has collectives of DeepSpeed inside."""
+    """Whether other ranks can hold it up: a collective, or one that has unnamed collectives (DeepSpeed's own) inside."""
     limit: Limit
     facts: dict[str, Any]
 
@@ -112,7 +112,7 @@ def where_raised(error: BaseException) -> Snapshot:
 
 @contextmanager
 def section(name: str, *, limit: Limit = "", is_collective: bool = False, may_wait: bool = False, **facts: Any) -> Iterator[None]:
-    """The main thread does `name` now. `may_wait`: DeepSpeed waits for other ranks inside, in collectives of its own.
+    """The main thread does `name` now. `may_wait`: inside are collectives that are not named, above all DeepSpeed's own.
 
     In other threads nothing is recorded: they do not hold the ranks up.
     """

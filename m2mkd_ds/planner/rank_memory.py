@@ -40,6 +40,8 @@ class Layout:
     with_teacher: bool = True
     pairs: tuple[int, ...] = ()
     """Teaching pairs in one job; empty: all."""
+    imbalance: float = 1.0
+    """Rows of the busiest expert over the mean."""
 
     @property
     def stage(self) -> int:
@@ -104,13 +106,13 @@ class MemoryModel:
         if key not in self._scenes:
             settings = SceneSettings(
                 dtype=DTYPES[layout.precision], backend=self._backend(layout), ep_size=layout.ep_size, pairs=layout.pairs,
-                with_teacher=layout.with_teacher,
+                with_teacher=layout.with_teacher, imbalance=layout.imbalance,
             )  # fmt: skip
             self._scenes[key] = make_scene(self.config, self.phase, settings)
         return self._scenes[key]
 
     def _key(self, layout: Layout) -> tuple[Any, ...]:
-        return (layout.ep_size, layout.precision, layout.is_gpu, layout.with_teacher, layout.pairs)
+        return (layout.ep_size, layout.precision, layout.is_gpu, layout.with_teacher, layout.pairs, layout.imbalance)
 
     def _backend(self, layout: Layout) -> str:
         """What the experts keep: `fused` by itself on a CPU; all others keep rows, z and h, as `loop` does."""

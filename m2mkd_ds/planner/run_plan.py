@@ -126,6 +126,8 @@ class PlanOptions:
     pairs: tuple[int, ...] = ()
     """Teaching pairs in one job; empty: all."""
     largest_micro_batch: int = 512
+    imbalance: float = 1.0
+    """Rows of the busiest expert over the mean."""
 
 
 def plan_run(config: RunConfig, cluster: RunCluster, options: PlanOptions) -> RunPlan:
@@ -147,7 +149,7 @@ class _PhasePlanner:
             ranks=cluster.ranks, ep_size=self.phase.ep_size if name in STUDENT_PHASES else 1, micro_batch_size=self.phase.micro_batch_size,
             accumulation=self.phase.gradient_accumulation_steps, precision=self.precision,
             zero=dict(options.zero_files[self.phase.ds_config]), is_gpu=cluster.device == "gpu",
-            with_teacher=config.teacher.feed == "colocated", pairs=pairs,
+            with_teacher=config.teacher.feed == "colocated", pairs=pairs, imbalance=options.imbalance,
         )  # fmt: skip
         self.global_batch = self.phase.micro_batch_size * self.phase.gradient_accumulation_steps * cluster.ranks
         (meta,) = vit_stages(VitArch.from_meta(config), [StageSpan.whole(sum(config.meta.depths))])

@@ -39,6 +39,8 @@ class SceneSettings:
     backend: str
     """Of the experts: `fused` or `loop`, which run on the meta device; `loop` keeps what `grouped` keeps."""
     ep_size: int = 1
+    imbalance: float = 1.0
+    """Rows of the busiest expert over the mean."""
     pairs: tuple[int, ...] = ()
     """Teaching pairs in the job; empty: all."""
     with_teacher: bool = True
@@ -129,7 +131,7 @@ def _stitches(pair: TeachingPair, teacher_width: int, student_width: int) -> tup
 
 
 def _ready(module: nn.Module, settings: SceneSettings) -> nn.Module:
-    prepare_experts_(module, settings.backend, settings.ep_size)
+    prepare_experts_(module, settings.backend, settings.ep_size, settings.imbalance)
     return module.to(settings.dtype).train()
 
 

@@ -1,8 +1,9 @@
-"""Experts on the meta device: the layer's own code on rows that are dealt evenly, with all experts or a rank's share of them.
+"""Experts on the meta device: the layer's own code on rows that are dealt as told, with all experts or a rank's share of them.
 
-Backends read on the host how many rows each expert has, which the meta device cannot tell; here every expert has as many. With expert
-parallelism the exchange is replaced by buffers of the size that it would fill. Shape letters: T tokens, K choices a token, R rows of
-this rank, S rows that arrive (as many, when routing is even), E experts, P ranks that share them, D width.
+Backends read on the host how many rows each expert has, which the meta device cannot tell. Here the first expert has `imbalance` times
+the mean and the others equal rests; a rank that holds a share of the experts holds the first one, so it is the fullest rank. The exchange
+of expert parallelism is replaced by buffers of the size that it would fill. Shape letters: T tokens, K choices a token, R rows of this
+rank, S rows that arrive (R, when routing is even), E experts, P ranks that share them, D width.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from m2mkd_ds.moe.dispatch import DispatchPlan, combine, permute
 from m2mkd_ds.moe.experts import Experts
 
 
-def prepare_experts_(module: nn.Module, backend: str, ep_size: int) -> None:
+def prepare_experts_(module: nn.Module, backend: str, ep_size: int, imbalance: float = 1.0) -> None:
     """Swap every `Experts` of `module`, in place, for one that runs on the meta device with `backend` and E / ep_size experts.
 
     Raises ValueError when ep_size does not divide the experts.
@@ -28,15 +29,17 @@ def prepare_experts_(module: nn.Module, backend: str, ep_size: int) -> None:
         num_experts = experts.down_proj.shape[0]
         if num_experts % ep_size:
             raise ValueError(f"{num_experts} experts cannot be spread over ep_size {ep_size} ranks; choose a divisor")
-        setattr(parent, name, EvenExperts(experts, backend) if ep_size == 1 else SharedEvenExperts(experts, backend, ep_size))
+        setattr(parent, name, (ShapedExperts if ep_size == 1 else SharedExperts)(experts, backend, ep_size, imbalance))
 
 
-class EvenExperts(Experts):
-    """All experts, each with R / E rows."""
+class ShapedExperts(Experts):
+    """All experts."""
 
-    def __init__(self, experts: Experts, backend: str, ep_size: int = 1) -> None:
+    def __init__(self, experts: Experts, backend: str, ep_size: int, imbalance: float) -> None:
         nn.Module.__init__(self)
         self.backend, self.activation = backend, experts.activation
+        self.num_experts, self.ep_size = experts.down_proj.shape[0], ep_size
+        self.imbalance = min(max(imbalance, 1.0), float(self.num_experts))
         for name, full in experts.named_parameters():
             share = torch.empty(full.shape[0] // ep_size, *full.shape[1:], dtype=full.dtype, device="meta")
             setattr(self, name, nn.Parameter(share, requires_grad=full.requires_grad))
@@ -49,37 +52,41 @@ class EvenExperts(Experts):
     def forward(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
         """Tokens [T, D] -> [T, D]."""
         num_rows = plan.order_R.shape[0]
-        return super().forward(x_TD, weights_TK, replace(plan, offsets_E=_even_ends(num_rows, self.down_proj.shape[0])))
+        return super().forward(x_TD, weights_TK, replace(plan, offsets_E=self.ends(num_rows)))
+
+    def ends(self, num_rows: int) -> Tensor:
+        """int32 [E / P] on the CPU, where backends can read it: the end of each local expert's rows, of R = `num_rows` a rank."""
+        mean = num_rows * self.ep_size / self.num_experts
+        rest = mean * (self.num_experts - self.imbalance) / max(self.num_experts - 1, 1)
+        local = self.num_experts // self.ep_size
+        return torch.tensor([round(self.imbalance * mean + rest * e) for e in range(local)], dtype=torch.int32)
 
 
-class SharedEvenExperts(EvenExperts):
+class SharedExperts(ShapedExperts):
     """This rank's share of the experts, with the buffers of both exchanges."""
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
         """Tokens [T, D] -> [T, D]; the steps are those of distributed.expert_parallel."""
         x_TD, weights, backend = self.prepare(x_TD)
         rows_RD = permute(x_TD, plan)
-        num_rows = rows_RD.shape[0]
-        order_S, arrived_S = (torch.empty(num_rows, dtype=torch.int64, device="meta") for _ in range(2))
-        sorted_SD = _Moved.apply(_Moved.apply(rows_RD, None), arrived_S)
-        computed_SD = backend.run(sorted_SD, _even_ends(num_rows, weights.num_experts), weights)
-        back_RD = _Moved.apply(_Moved.apply(computed_SD, order_S), None)
-        return combine(back_RD, weights_TK, plan)
+        num_rows, ends_E = rows_RD.shape[0], self.ends(rows_RD.shape[0])
+        num_arriving = int(ends_E[-1])
+        order_S, arrived_S = (torch.empty(num_arriving, dtype=torch.int64, device="meta") for _ in range(2))
+        sorted_SD = _Moved.apply(_Moved.apply(rows_RD, num_arriving, None), num_arriving, arrived_S)
+        computed_SD = backend.run(sorted_SD, ends_E, weights)
+        back_SD = _Moved.apply(computed_SD, num_arriving, order_S)
+        return combine(_Moved.apply(back_SD, num_rows, None), weights_TK, plan)
 
 
 class _Moved(torch.autograd.Function):
-    """Rows in another place (exchanged, or in another order): a buffer of the same shape in either direction."""
+    """Rows in another place (exchanged, or in another order): a new buffer in either direction."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, kept_R: Tensor | None) -> Tensor:
-        ctx.kept_R = kept_R  # the order that the way back needs
-        return torch.empty_like(rows_RD)
+    def forward(ctx: Any, rows_RD: Tensor, num_out: int, kept_S: Tensor | None) -> Tensor:
+        ctx.num_in = rows_RD.shape[0]
+        ctx.kept_S = kept_S  # the order that the way back needs
+        return rows_RD.new_empty(num_out, rows_RD.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.empty_like(grads[0]), None
-
-
-def _even_ends(num_rows: int, num_experts: int) -> Tensor:
-    """int32 [E] on the CPU, where backends can read it: the end of each expert's rows."""
-    return torch.tensor([num_rows * (e + 1) // num_experts for e in range(num_experts)], dtype=torch.int32)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].new_empty(ctx.num_in, grads[0].shape[1]), None, None

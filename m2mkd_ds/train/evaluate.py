@@ -128,7 +128,7 @@ def evaluate(
     missing = max(gather_object(len(loader), "number of batches")) - len(loader) if in_step else 0
     left = False
     for number, batch in enumerate(progress(loader, total=len(loader), what=what, enabled=world.rank == 0)):
-        with section("forward"):
+        with section("forward", may_wait=in_step):
             prepared = prepare(batch.images_BCHW.to(world.device, dtype))
             labels_B = batch.labels_B.to(world.device)
             for name, forward in models.items():

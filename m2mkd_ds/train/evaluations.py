@@ -22,7 +22,7 @@ def steps_between_evaluations(job: Job) -> int:
 def evaluate_at_step(job: Job, active: list[Trainee]) -> bool:
     """Put scores into the trainees' pending metrics. False when any rank was asked to stop meanwhile: then there are none. Collective."""
     try:
-        with section("evaluate", limit="eval", step=active[0].step):
+        with section("evaluate", limit="eval", may_wait=True, step=active[0].step):
             scores = job.evaluate(active)
     except EvaluationAbandoned:
         return False

@@ -83,7 +83,7 @@ def _lineage(ctx: RunContext, weights_file: Path) -> dict[str, Any]:
 
 
 def _training(ctx: RunContext) -> list[dict[str, Any]]:
-    """One row a trained node of the run: steps, images, ranks, hours; and the commit that trained it."""
+    """One row a trained node of the run: steps, images, ranks, hours, device of a rank; and the commit that trained it."""
     rows = []
     for node in build_dag(ctx.config):
         done = read_done(ctx.root / node.name) if node.launched else None
@@ -91,6 +91,6 @@ def _training(ctx: RunContext) -> list[dict[str, Any]]:
             hours = done["wall_s"] / 3600
             rows.append(
                 {"phase": node.name, "steps": done["steps"], "images": done["images"], "ranks": done["world_size"], "hours": hours,
-                 "commit": done["commit"]}
+                 "device of a rank": done.get("device", "not recorded"), "commit": done["commit"]}
             )  # fmt: skip
     return rows

@@ -100,7 +100,7 @@ def guarded(watch: WatchConfig, world: World, phase: str, folder: Path, stop: St
     watchdog.start()
     ended_well = False
     try:
-        with section("start", limit="start"):
+        with section("start", limit="start", may_wait=True):
             yield
         guard.outcome(Outcome(state="done", phase=phase, launch=guard.launch))
         ended_well = True

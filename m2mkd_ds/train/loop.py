@@ -91,7 +91,7 @@ def _run_from(job: Job, start: int) -> None:
     try:
         with section("train", limit="step"):
             _run_steps(job, feed, start, bad, saver)
-        with section("save", limit="save"):
+        with section("save", limit="save", may_wait=True):
             saver.wait()
         if bad.total:
             logger.warning("%s: %d damaged samples were replaced (%s); list: %s", job.phase_name, bad.total, bad.summary(), bad.file)
@@ -136,11 +136,11 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, save
             for trainee in active:
                 write_metrics(job, trainee, done)
                 if is_saved:
-                    with section("save", limit="save", step=done):
+                    with section("save", limit="save", may_wait=True, step=done):
                         saver.save(trainee, score=trainee.pending.get("eval/top1"))
             bar.advance(note=_note(active))
             if stopping:
-                with section("save", limit="save", step=done):
+                with section("save", limit="save", may_wait=True, step=done):
                     saver.wait()
                 raise StopRequested(job.phase_name, done, job.stop.why or "asked of another rank")
 

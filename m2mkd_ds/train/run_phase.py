@@ -120,7 +120,7 @@ def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all",
                 RANK_ZERO_NODES[name](ctx)
             barrier("wait for rank 0")
     else:
-        with section("evaluate", limit="eval"):
+        with section("evaluate", limit="eval", may_wait=True):
             evaluate_run(ctx, node, print_)
     gc.collect()  # engines hold cycles; the next phase should not find their memory taken
     logger.info("%s: done in %s", name, format_seconds(time.monotonic() - started))
@@ -130,7 +130,7 @@ def _run_whole(ctx: RunContext, node: Node, print_: str) -> None:
     started = time.time()
     job = WHOLE_MODEL_PHASES[node.name](ctx)
     _train(job)
-    with section("write the result", limit="save"):
+    with section("write the result", limit="save", may_wait=True):
         finish_trainee(ctx, node, job.trainees[0], {"wall_s": time.time() - started, **_facts(job)})
     _close(job)
 
@@ -142,7 +142,7 @@ def _run_pairs(ctx: RunContext, node: Node, print_: str, pairs: str) -> None:
     if left:
         job = PAIR_PHASES[node.name](ctx, left)
         _train(job)
-        with section("write the result", limit="save"):
+        with section("write the result", limit="save", may_wait=True):
             for trainee in job.trainees:
                 finish_trainee(ctx, node, trainee, {"wall_s": time.time() - started, **_facts(job)})
         _close(job)

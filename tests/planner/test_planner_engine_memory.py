@@ -107,6 +107,15 @@ def test_with_accumulation_stage_1_keeps_gradients_and_bucket_between_micro_batc
     assert (ledger.parts["gradients"], ledger.parts["buffers"]) == (400, 0)
 
 
+def test_later_micro_batches_add_to_the_gradients_that_are_there() -> None:
+    ledger = Ledger()
+    engine = make_engine(settings(1), PART_OF_TWO, ledger, "x")
+    engine.backward(GRADIENTS_ONLY, is_first=True, is_last=False)
+    engine.backward(GRADIENTS_ONLY, is_first=False, is_last=True)
+    # All gradients of the first micro-batch (800), the bucket (4000), and the largest new one (400) until it is added.
+    assert ledger.peak.total == 800 + 4000 + 400
+
+
 def test_parts_are_equal_and_the_fullest_rank_is_the_one_with_the_largest_parameters() -> None:
     # 10 + 90 + 11 = 111 elements, padded to 112 for two ranks: 56 each. Rank 0 has the first and reaches into the second (100), rank 1
     # has the rest of it and the third (101).

@@ -16,8 +16,9 @@ from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.variants import VitArch
 from m2mkd_ds.models.vit import build_stage, empty_stage
 from m2mkd_ds.models.vmoe import Attention, VisionMoE, VMoEArch, VMoEOutput
+from m2mkd_ds.moe.experts import Experts
 from m2mkd_ds.planner.live_bytes import LiveBytes
-from m2mkd_ds.planner.shapes_of_experts import prepare_experts_
+from m2mkd_ds.planner.shapes_of_experts import ShapedExperts, prepare_experts_
 
 IMAGES, SIZE = 4, 32
 
@@ -116,6 +117,14 @@ def test_spread_experts_hold_a_share_of_the_weights_and_buffers_of_the_exchange(
     # More: the order of the rows, forth and back, int64, and the ends of the experts' rows, four int32. The gathered rows themselves
     # are there in either case.
     assert saved_spread - saved == 2 * 8 * rows + 4 * 4
+
+
+def test_the_fullest_rank_gets_the_rows_of_the_busiest_expert() -> None:
+    # 4 experts, R = 80 rows a rank, 2 ranks: 160 rows, 40 an expert on the average. The busiest has 2.5 times that, 100; 20 are left for
+    # each of the others, so the rank of the busiest computes 100 and then 20 rows.
+    experts = ShapedExperts(Experts(8, 8, 4), "loop", ep_size=2, imbalance=2.5)
+    assert experts.ends(80).tolist() == [100, 120]
+    assert ShapedExperts(Experts(8, 8, 4), "loop", ep_size=1, imbalance=1.0).ends(80).tolist() == [20, 40, 60, 80]
 
 
 def test_a_share_that_does_not_divide_the_experts_is_refused() -> None:

@@ -255,7 +255,7 @@ import time
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.teacher.server.decode_pool import DecodePool
-from m2mkd_ds.teacher.server.layout_batches import LayoutBatches, Stream
+from m2mkd_ds.teacher.server.layout_batches import Stream
 if __name__ == "__main__":
     data = DataConfig(num_classes=10, image_size=16, num_workers=1)
     pool = DecodePool(Stream(ShardIndex.load({tiny_config.data.train!r}), data, 0), pin=False, replaced=lambda: None)

@@ -48,10 +48,27 @@ def test_the_card_holds_the_models_own_numbers(ctx: RunContext) -> None:
 
 def test_the_card_lists_what_was_trained(ctx: RunContext) -> None:
     record = ctx.root / "pretrain_meta" / "done.json"
-    done = json.loads(record.read_text()) | {"steps": 360, "images": 11520, "world_size": 2, "wall_s": 7200.0, "commit": "0123abc"}
+    done = json.loads(record.read_text()) | {
+        "steps": 360,
+        "images": 11520,
+        "world_size": 2,
+        "wall_s": 7200.0,
+        "device": "CPU (x86_64)",
+        "commit": "0123abc",
+    }
     write_json_atomic(record, done)
     training = card(ctx, "student", "student", weights_file(ctx, "end_to_end"))["training"]
-    assert training == [{"phase": "pretrain_meta", "steps": 360, "images": 11520, "ranks": 2, "hours": 2.0, "commit": "0123abc"}]
+    assert training == [
+        {
+            "phase": "pretrain_meta",
+            "steps": 360,
+            "images": 11520,
+            "ranks": 2,
+            "hours": 2.0,
+            "device of a rank": "CPU (x86_64)",
+            "commit": "0123abc",
+        }
+    ]
 
 
 def test_the_card_names_no_host_and_no_folder(ctx: RunContext, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ while not (folder / "asked").exists() or "deaf" in sys.argv:
 '''
 launch.launch_command = lambda config, verb: [sys.executable, "-c", job, str(folder), *sys.argv[2:]]
 try:
-    launch.run_launched(LaunchConfig(), ["train"], JobRecords(folder / "run", ["m2mkd"], 0.2))
+    launch.run_launched(LaunchConfig(), ["train"], JobRecords(folder / "run", ["m2mkd"], 0.2), folder)
 except StopRequested as stop:
     sys.exit(f"{stop}")
 """

@@ -52,7 +52,7 @@ class _Unread:
     def add(self, endpoint: str, why: str, answer: Answer | None = None) -> None:
         self.told[endpoint] = why
         self.answer = answer or self.answer
-        logger.warning("teacher server %s; the others are asked", named(endpoint, why))
+        logger.warning("teacher server %s; others are asked, where there are any", named(endpoint, why))
 
     def outcome(self) -> Answer:
         """What the trainer gets once nobody is left to ask: an answer without images, which stops all ranks at one step, or an error."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from m2mkd_ds.checkpoint.retention import prune
 from m2mkd_ds.checkpoint.store import save_weights
@@ -25,6 +28,7 @@ def finish_trainee(ctx: RunContext, node: Node, trainee: Trainee, facts: dict[st
         withdraw_done(ctx.root / node.name)  # of a node of pairs, the whole node's record too
         withdraw_done(trainee.folder)
         save_weights(weights, tensors, lineage(ctx, node, trainee.pair if node.per_pair else None))
+        facts = {"device": device_name(ctx.world.device), **facts}
         write_done(trainee.folder, node, ctx.config, trainee.fingerprint, [weights], **facts)
         _prune(trainee.folder / "checkpoints", ctx.config.checkpoint.after_done)
     barrier()
@@ -36,6 +40,11 @@ def _prune(checkpoints: Path, after_done: str) -> None:
         prune(checkpoints, after_done)
     except OSError as err:
         logger.warning("%s: not all checkpoints could be deleted (%s)", checkpoints, err.strerror)
+
+
+def device_name(device: torch.device) -> str:
+    """What a rank computes on, as the model card says it: the GPU's name, or the kind of CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
 
 
 PAIR_FACTS = ("steps", "images", "world_size")
@@ -52,6 +61,7 @@ def finish_node(ctx: RunContext, node: Node, print_: str, started: float) -> Non
     if ctx.world.rank == 0 and not unfinished_pairs(ctx, node, print_):
         record = read_done(folder / "pair_0") or {}
         facts = {name: record[name] for name in PAIR_FACTS}
+        facts |= {"device": record["device"]} if "device" in record else {}  # records of older versions hold none
         write_done(folder, node, ctx.config, print_, files, wall_s=time.time() - started, **facts)
     barrier()
 
