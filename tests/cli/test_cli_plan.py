@@ -11,7 +11,7 @@ from tests.cli.ended import Run
 
 
 def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Path) -> None:
-    words = ("plan", "--recipe", "tiny", "--phase", "pretrain_meta", "--gpus-per-node", "2", "--largest-micro-batch", "1", "--images", "1437")
+    words = "plan --recipe tiny --phase pretrain_meta --gpus-per-node 2 --largest-micro-batch 1 --images 1437".split()
     ended = m2mkd(*words, "--plot", "plan.svg")
     assert ended.code == 0 and "tiny on 1 x 2 GPUs of 80 GB" in ended.out and "ds_config=zero1" in ended.out
     assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
