@@ -21,15 +21,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from m2mkd_ds.checkpoint_config import CHECKPOINT_LIMITS, CheckpointConfig
 from m2mkd_ds.data_config import DATA_LIMITS, AugmentConfig, DataConfig, check_data_config
 from m2mkd_ds.phase_config import PHASE_LIMITS, PhaseConfig
 from m2mkd_ds.router_config import ROUTER_PRESETS, RouterConfig, check_router, router_preset
 from m2mkd_ds.teacher_config import TEACHER_LIMITS, TeacherConfig, check_teacher_config
+from m2mkd_ds.watch_config import WATCH_LIMITS, WatchConfig, check_watch_config
 
 __all__ = [
-    "PHASES", "ROUTER_PRESETS", "AugmentConfig", "ConfigError", "DataConfig", "DistillConfig", "ExportConfig", "LaunchConfig",
-    "MetaConfig", "MoEConfig", "PhaseConfig", "RouterConfig", "RunConfig", "StudentConfig", "TeacherConfig", "apply_overrides",
-    "check_router", "dump", "field_paths", "from_dict", "load", "to_dict",
+    "PHASES", "ROUTER_PRESETS", "AugmentConfig", "CheckpointConfig", "ConfigError", "DataConfig", "DistillConfig", "ExportConfig",
+    "LaunchConfig", "MetaConfig", "MoEConfig", "PhaseConfig", "RouterConfig", "RunConfig", "StudentConfig", "TeacherConfig",
+    "WatchConfig", "apply_overrides", "check_router", "dump", "field_paths", "from_dict", "load", "to_dict",
 ]  # fmt: skip
 
 PHASES = ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline")
@@ -107,9 +109,12 @@ class LaunchConfig:
     """How the pipeline calls the `deepspeed` launcher."""
 
     num_gpus: int = 0
-    """Ranks on this host (CPU ranks too); 0 leaves it to the launcher (all GPUs, or one CPU rank)."""
+    """Ranks on this host (CPU ranks too), or on each host of a hostfile; 0 leaves it to the launcher (all GPUs or one CPU rank; the
+    slots of the hostfile)."""
     hostfile: str = ""
-    """Hostfile of a cluster; empty for this host alone."""
+    """Hostfile of a cluster (scripts/hostfile.example), reached over ssh by pdsh; empty for this host alone."""
+    master_addr: str = ""
+    """Address of the first host of the hostfile as the others reach it; empty: what its name stands for here."""
     extra: tuple[str, ...] = ()
     """Further launcher flags, word by word."""
     threads_per_rank: int = 1
@@ -162,10 +167,15 @@ class RunConfig:
     """Train the assembled student."""
     baseline: bool = True
     """Also train the same student from scratch: as many steps as m2mkd + end_to_end, end_to_end's settings, m2mkd's lr and warm-up."""
-    tensorboard: bool = False
-    """Mirror metrics.jsonl to TensorBoard event files beside it."""
+    trackers: tuple[Literal["auto", "tensorboard", "wandb", "trackio"], ...] = ("auto",)
+    """Who else gets what metrics.jsonl says. auto: tensorboard where it is installed; [] for nobody. Keys and addresses of wandb and
+    trackio come from their own environment variables and log-ins, never from here."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How checkpoints are written, and which stay."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """How ranks are started."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """When a rank counts as hung."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """The Hugging Face folder."""
 
@@ -185,6 +195,8 @@ class ConfigError(ValueError):
 _LIMITS: dict[str, tuple[float, float]] = {
     **{f"data.{field}": limits for field, limits in DATA_LIMITS.items()},
     **{f"teacher.{field}": limits for field, limits in TEACHER_LIMITS.items()},
+    **{f"checkpoint.{field}": limits for field, limits in CHECKPOINT_LIMITS.items()},
+    **{f"watch.{field}": limits for field, limits in WATCH_LIMITS.items()},
     "student.embed_dim": (1, inf), "student.num_heads": (1, inf), "student.patch_size": (1, inf), "student.mlp_ratio": (0.01, inf),
     "student.moe.placement_n": (1, inf), "student.moe.num_experts": (1, inf), "launch.num_gpus": (0, inf),
     "launch.threads_per_rank": (1, inf), "meta.align_weight": (0, inf),
@@ -214,6 +226,7 @@ def _check(config: RunConfig) -> None:
     try:
         check_data_config(config.data)
         check_teacher_config(config.teacher)
+        check_watch_config(config.watch, config.teacher.patience_s if config.teacher.is_remote else 0.0)
         check_router(config.student.moe.router, config.student.moe.num_experts, at="student.moe.")
     except ValueError as err:
         raise ConfigError(str(err)) from None
@@ -239,7 +252,7 @@ def _check_phase(name: str, phase: PhaseConfig) -> None:
 
 for _cls in (
     AugmentConfig, DataConfig, TeacherConfig, MetaConfig, RouterConfig, MoEConfig, StudentConfig, DistillConfig, PhaseConfig,
-    LaunchConfig, ExportConfig, RunConfig,
+    CheckpointConfig, LaunchConfig, WatchConfig, ExportConfig, RunConfig,
 ):  # fmt: skip
     # pydantic refuses keys that no field has, and NaN and infinity, all the way down
     _cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[union-attr]
@@ -247,6 +260,8 @@ for _cls in (
 
 def from_dict(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """Build and check a RunConfig from plain data. Raises ConfigError with one line a wrong field."""
+    if "tensorboard" in tree:  # of files that were written before there was `trackers`
+        tree = {"trackers": ["tensorboard"] if tree["tensorboard"] else [], **{k: v for k, v in tree.items() if k != "tensorboard"}}
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as err:

@@ -119,32 +119,17 @@ class MetricsWriter:
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
         self._file = path.open("a")
-        self._board: Any = None
-
-    def attach_tensorboard(self, folder: Path) -> None:
-        """Mirror scalar metrics to TensorBoard event files in `folder` (needs the `tensorboard` package)."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append `record` (must hold `step`); numbers also go to TensorBoard when attached, a list as `name/0`, `name/1`, ..."""
+        """Append `record` (must hold `step`)."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in record.items():
-                named = {f"{key}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {key: value}
-                for name, number in named.items():
-                    if isinstance(number, (int, float)) and key != "step":
-                        self._board.add_scalar(name, number, record["step"])
 
     def close(self) -> None:
         """Flush to disk and close."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def _complete_lines(path: Path) -> list[str]:

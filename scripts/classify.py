@@ -28,7 +28,7 @@ def first_image(shards: Path) -> tuple[Image.Image, str]:
 
 
 def main(folder: Path, shards: Path) -> None:
-    # trust_remote_code: the folder brings its two model files, which transformers has to run.
+    # trust_remote_code: the folder brings its own model files, which transformers has to run.
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     print(f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters from {folder}")
     image, name = first_image(shards)

@@ -86,7 +86,8 @@ cd "$root"
 mkdir -p "$run_dir"
 "$python" scripts/paper_config.py ${config_flags[@]+"${config_flags[@]}"} "$run_dir" "$shards" "$ranks" "$@"
 if [ "$DS_ENV_FILE" = "$run_dir/launch.env" ]; then
-    for name in PATH OMP_NUM_THREADS LD_LIBRARY_PATH DS_ACCELERATOR GLOO_SOCKET_IFNAME; do
+    for name in PATH OMP_NUM_THREADS LD_LIBRARY_PATH CUDA_HOME DS_ACCELERATOR GLOO_SOCKET_IFNAME HF_HOME HF_HUB_OFFLINE \
+        TORCH_EXTENSIONS_DIR; do
         [ -z "${!name:-}" ] || printf '%s=%s\n' "$name" "${!name}"
     done > "$DS_ENV_FILE"
 fi

@@ -8,6 +8,13 @@ set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# A lab of hosts needs a few Debian packages; where they cannot be had, its tests are skipped and say so.
+if [ -n "${CI:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v pdsh sshd ip hostname >/dev/null; then
+    echo "== packages for the lab of hosts =="
+    export DEBIAN_FRONTEND=noninteractive
+    { timeout 120 apt-get update -qq && timeout 240 apt-get install -y -qq --no-install-recommends iproute2 openssh-server pdsh hostname; } \
+        >/dev/null 2>&1 || echo "not installed; the tests of tests/cluster will be skipped"
+fi
 python=$(scripts/venv.sh)
 export PATH="${python%/*}:$PATH" PYTHONPATH="$PWD:$PWD/kernels" PYTHONNOUSERSITE=1
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,4 +71,5 @@ def replacing(out: Path) -> Iterator[Path]:
     except OSError as err:
         raise StoreError(f"{out}: not written ({err.strerror or err}); free space or choose another folder, then run it again") from err
     finally:
-        temp.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refuses this, too, has had its error told
+            temp.unlink(missing_ok=True)

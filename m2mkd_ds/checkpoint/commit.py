@@ -1,282 +1,295 @@
 """The commit protocol for checkpoint folders: what all ranks have written becomes visible at once, or not at all.
 
-    root/step-00000100.tmp       1. the main rank makes it      2. every rank writes its part and forces it to disk
-                                 3. all agree that every part is there
-    root/step-00000100.tmp/manifest.json   4. main writes sizes, SHA-256 and the record, last
-    root/step-00000100           5. main renames: this is the commit; then old steps are retired
+    begin        the main rank makes root/step-00000100.<attempt>.tmp and tells its name    the only message between ranks
+    write_part   every rank writes its files there, forces them to the disk, and writes part-<rank>.json (names, sizes, SHA-256)
+    publish      the main rank collects the parts, writes manifest.json, and renames the folder to root/step-00000100: the commit
+    settle       it forces that name to the disk, and only then retires old checkpoints
+    await_end    the others look at the folders until they see this attempt's manifest, or that the attempt has failed
 
-DeepSpeed's own saver names a checkpoint as the latest one before all ranks have finished, and writes over the copy of an
-earlier save of the same step; hence this layer. Ranks agree through the folder, not through messages: a rank that fails
-takes the token file away (removing works on a full disk, too), so no rank is left waiting for one that has given up.
+All after `begin` may run in a thread of its own (`async_commit.py`): ranks agree through the folder, never by a collective. A rank that
+fails says why in its part. On a disk that takes no more files it removes the token file instead, since removing works on a full disk, too.
+The attempt's name in the manifest tells a rank that a folder is the one it has helped to write, and not an earlier save of the same step.
+
+DeepSpeed's own saver names a checkpoint as the latest one before all ranks have finished, and writes over the copy of an earlier save of
+the same step; hence this layer.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, fsync_path, read_json, write_json_atomic
+from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path, read_json
+from m2mkd_ds.checkpoint.attempt import ALONE, Attempt, Deadline, Ranks
+from m2mkd_ds.checkpoint.folders import latest_checkpoint, recover, replaced_copy
+from m2mkd_ds.checkpoint.manifest import MANIFEST, FileRecord, check_size, verify_checkpoint, write_manifest
+from m2mkd_ds.checkpoint.retention import retire
+from m2mkd_ds.checkpoint_config import CheckpointConfig
+
+__all__ = ["Write", "begin", "commit_checkpoint", "complete", "failing_for_all", "latest_checkpoint", "verify_checkpoint"]
 
 _log = logging.getLogger("m2mkd_ds")
 
-MANIFEST = "manifest.json"
-_TOKEN = ".every-part-is-here"
-_FORMAT = 1
-_FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
-_LEFTOVER = re.compile(r"step-\d+.*\.tmp")
+Write = Callable[[Path], Mapping[str, FileRecord]]
+"""Writes this rank's files into a folder, under names that no other rank uses -> their sizes and checksums by name."""
+
+_TOKEN = ".no-rank-has-failed"
+_FAILED = "failed.json"
 
 
 def commit_checkpoint(
     root: str | Path,
     step: int,
-    write: Callable[[Path], None],
+    write: Write,
     record: Mapping[str, Any],
     *,
-    is_main: bool,
-    barrier: Callable[[], None],
-    keep: int = 2,
+    ranks: Ranks = ALONE,
+    config: CheckpointConfig | None = None,
 ) -> Path:
-    """Save one checkpoint; a collective call, every rank with its own `write`. Returns `root/step-<step>` on every rank.
+    """Save one checkpoint and wait for it; every rank calls it with its own `write`. Returns `root/step-<step>` on every rank.
 
-    `write(folder)` writes this rank's files under names that no other rank uses; `record` is JSON data that comes back from
-    `latest_checkpoint` (the main rank's counts). `root` must be seen by all ranks. The newest `keep` good checkpoints stay.
+    `record` is JSON data that comes back from `latest_checkpoint` (the main rank's counts). `root` must be seen by all ranks.
     Raises StoreError on every rank when any rank fails; then nothing has changed, older copies of the same step included.
     """
-    if step < 0 or keep < 1:
-        raise ValueError(f"checkpoint step is {step} and keep is {keep}; allowed are step >= 0 and keep >= 1")
-    folder = Path(root) / f"step-{step:08d}"
-    temp = folder.with_name(folder.name + ".tmp")
-    with _clear_errors(folder):
-        attempt = _write_together(temp, write, is_main, barrier)
-        try:
-            if is_main:
-                _publish(temp, folder, step, record, attempt)
-        finally:
-            barrier()
-            if is_main:
-                shutil.rmtree(temp, ignore_errors=True)
-        # The manifest itself tells the other ranks whether it is this attempt's, and not the one of an earlier save of this step.
-        if _attempt_of(folder) != attempt:
-            raise StoreError(f"{folder}: not saved, the main rank could not publish it (its own message says why)")
-    if is_main:
-        _retire(folder, keep)
-    return folder
+    settings = config or CheckpointConfig()
+    attempt = begin(Path(root), step, ranks)
+    complete(attempt, write, record, settings, Deadline(settings.deadline_s))
+    return attempt.folder
 
 
-def latest_checkpoint(root: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose manifest and files verify, with its record; None when nothing was ever committed.
+def begin(root: Path, step: int, ranks: Ranks) -> Attempt:
+    """Clear what crashes have left and make the temporary folder. Collective; no save of this root may be under way.
 
-    Reads every byte of it once, so let one rank call this and tell the others. A broken checkpoint is named in a warning and
-    the one before is used; when there are only broken ones, raises StoreError rather than let a run start again from zero.
+    Raises StoreError on every rank when the main rank cannot, and on a rank that does not see the main rank's folder.
     """
-    problems = []
-    for _, folder in reversed(_committed(Path(root))):
-        try:
-            return folder, verify_checkpoint(folder)
-        except StoreError as err:
-            _log.warning("checkpoint skipped: %s", err)
-            problems.append(str(err))
-    if problems:
-        raise StoreError(f"{root}: no checkpoint is usable ({'; '.join(problems)}); delete the folder to start again from step 0")
-    return None
-
-
-def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """The record of a checkpoint whose files are all there with the right bytes. Raises StoreError naming the first that is not."""
-    path = Path(folder)
-    manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
-        _check_size(path / name, expected["bytes"])
-        if file_sha256(path / name) != expected["sha256"]:
-            raise StoreError(f"{path / name}: damaged, its SHA-256 is not the one in {MANIFEST}")
-    record: dict[str, Any] = manifest["record"]
-    return record
-
-
-def _write_together(temp: Path, write: Callable[[Path], None], is_main: bool, barrier: Callable[[], None]) -> str:
-    """Steps 1 to 3. Returns the name of this attempt, the same on every rank. Every way out passes the same barriers."""
-    try:
-        if is_main:
-            _prepare(temp)
-    finally:
-        barrier()
-    if not temp.is_dir():
-        raise StoreError(f"{temp}: the main rank could not make this folder (its own message says why), or this rank does not see it")
-    token = temp / _TOKEN
-    done = False
-    try:
-        write(temp)
-        _fsync_tree(temp)
-        done = True
-    finally:
-        if not done:
-            token.unlink(missing_ok=True)
-        barrier()
-        # Opening, not stat: on NFS an open asks the server again, a stat may be answered from this host's cache.
-        attempt = _read_or_none(token)
-        # Nobody may remove or rename the folder before all have looked.
-        barrier()
-        if is_main and attempt is None:
-            shutil.rmtree(temp, ignore_errors=True)
-    if attempt is None:
-        raise StoreError(f"{temp}: not saved, another rank could not write its part (its own message says why)")
+    if step < 0:
+        raise ValueError(f"checkpoint step is {step}; allowed are steps >= 0")
+    told = _prepare(root, step, ranks) if ranks.rank == 0 else ("", "")
+    name, problem = ranks.broadcast(told)
+    if problem:
+        raise StoreError(problem)
+    attempt = Attempt(root, step, name, ranks)
+    if not attempt.temp.is_dir():
+        raise StoreError(f"{attempt.temp}: rank {ranks.rank} does not see this folder, which rank 0 made; a run needs one shared folder")
     return attempt
 
 
-def _prepare(temp: Path) -> None:
-    """Clear what a crash has left, then make the folder with its token."""
-    root = temp.parent
-    root.mkdir(parents=True, exist_ok=True)
-    _recover(root)
-    ready = False
+def complete(attempt: Attempt, write: Write, record: Mapping[str, Any], config: CheckpointConfig, deadline: Deadline) -> None:
+    """All that follows `begin`; no collective. Raises StoreError when any rank fails, or is not heard of before the deadline."""
+    if attempt.ranks.rank == 0:
+        with failing_for_all(attempt), _clear_errors(attempt.folder):
+            write_part(attempt, write)
+            deadline.restart()
+            publish(attempt, record, deadline)
+        _settle(attempt, config)
+    else:
+        _take_part(attempt, write, deadline)
+
+
+def _take_part(attempt: Attempt, write: Write, deadline: Deadline) -> None:
+    """The share of another rank than the main one."""
+    failure: StoreError | None = None
     try:
-        temp.mkdir()
-        (temp / _TOKEN).write_text(uuid.uuid4().hex)
-        ready = True
-    finally:
-        if not ready:
-            shutil.rmtree(temp, ignore_errors=True)
-
-
-def _publish(temp: Path, folder: Path, step: int, record: Mapping[str, Any], attempt: str) -> None:
-    """Steps 4 and 5. An earlier copy of the step steps aside under a name that `latest_checkpoint` knows, and back on failure."""
-    (temp / _TOKEN).unlink()
-    files = {
-        path.relative_to(temp).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(temp.rglob("*"))
-        if path.is_file()
-    }
-    body = _as_json({"format": _FORMAT, "step": step, "attempt": attempt, "files": files, "record": dict(record)})
-    write_json_atomic(temp / MANIFEST, {**body, "sha256": _body_sha256(body)})
-    aside = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        os.rename(folder, aside)
+        with failing_for_all(attempt), _clear_errors(attempt.folder):
+            write_part(attempt, write)
+    except StoreError as err:
+        failure = err
+    deadline.restart(times=2)  # rank 0 may begin to wait when this rank has waited already
     try:
-        os.rename(temp, folder)
-    finally:
-        if aside.exists() and not folder.exists():
-            os.rename(aside, folder)
-    fsync_path(folder.parent)
+        await_end(attempt, deadline)
+    except StoreError as err:
+        raise failure or err from None
+    if failure is not None:
+        # The main rank had read the part before its writer found fault with it. All that it lists was on the disk by then.
+        _log.warning("%s: saved all the same: %s", attempt.folder, failure)
 
 
-def _retire(newest: Path, keep: int) -> None:
-    """Delete what is older than the `keep` newest good checkpoints, and the copy that the new one has replaced.
-
-    A failure here harms nothing that is needed, so it is a warning. Renamed first: a half-deleted folder never looks like a checkpoint.
-    """
-    root = newest.parent
-    # Sizes only, since hashing everything at each save would be slow; the checkpoint just written counts as good in any case.
-    good = [folder for _, folder in _committed(root) if folder == newest or _looks_whole(folder)]
-    kept = set(good[-keep:]) | {newest}
-    oldest = min(_step_of(folder) for folder in kept)
-    for step, folder in _committed(root):
-        is_replaced = folder.name.endswith(".replaced")
-        if (is_replaced and step == _step_of(newest)) or (step < oldest and folder not in kept):
-            try:
-                doomed = folder.with_name(folder.name + ".deleted.tmp")
-                os.rename(folder, doomed)
-                shutil.rmtree(doomed)
-            except OSError as err:
-                _log.warning("%s: an old checkpoint could not be deleted (%s)", folder, err.strerror)
-
-
-def _recover(root: Path) -> None:
-    """Remove half-written folders, and bring back a copy whose replacement never came."""
-    for path in sorted(root.iterdir()):
-        if _LEFTOVER.fullmatch(path.name):
-            _log.warning("%s: left by a save that did not finish, removed", path)
-            shutil.rmtree(path)
-    for _, path in _committed(root):
-        if path.name.endswith(".replaced"):
-            folder = path.with_name(path.name.removesuffix(".replaced"))
-            if folder.exists():
-                shutil.rmtree(path)
-            else:
-                os.rename(path, folder)
-
-
-def _committed(root: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders, oldest step first (by number, not by name); a step's replaced copy comes before the step itself."""
-    if not root.is_dir():
-        return []
-    found = [(_FOLDER.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
-    entries = [(int(match[1]), match[2] is None, path) for match, path in found if match]
-    return [(step, path) for step, _, path in sorted(entries)]
-
-
-def _step_of(folder: Path) -> int:
-    match = _FOLDER.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1])
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / MANIFEST).is_file():
-        raise StoreError(f"{folder}: no {MANIFEST}, so it was never finished, or not written by this program")
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise StoreError(f"{folder / MANIFEST}: damaged, or of another version (this program reads format {_FORMAT})")
-    digest = manifest.pop("sha256", None)
-    if digest != _body_sha256(manifest):
-        raise StoreError(f"{folder / MANIFEST}: damaged, its content does not match its own SHA-256")
-    return manifest
-
-
-def _as_json(body: Mapping[str, Any]) -> Any:
-    """What reading it back will give (text keys, lists for tuples), so that the checksum written is the checksum found."""
+@contextmanager
+def failing_for_all(attempt: Attempt) -> Iterator[None]:
+    """Whatever is raised inside, before this rank's share of the save is done, ends the save on all ranks, with its text."""
     try:
-        return json.loads(json.dumps(body, allow_nan=False))
-    except (TypeError, ValueError) as err:
-        raise StoreError(f"the checkpoint's record is not plain JSON data ({err})") from err
-
-
-def _body_sha256(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
-        raise StoreError(f"{path}: missing, though {MANIFEST} lists it")
-    if path.stat().st_size != expected:
-        raise StoreError(f"{path}: damaged, it has {path.stat().st_size} bytes and {MANIFEST} says {expected}")
-
-
-def _looks_whole(folder: Path) -> bool:
-    try:
-        for name, expected in _read_manifest(folder)["files"].items():
-            _check_size(folder / name, expected["bytes"])
-    except StoreError:
-        return False
-    return True
-
-
-def _attempt_of(folder: Path) -> str | None:
-    return str(read_json(folder / MANIFEST).get("attempt")) if (folder / MANIFEST).is_file() else None
-
-
-def _read_or_none(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
-
-
-def _fsync_tree(folder: Path) -> None:
-    """Force everything below `folder` to disk. Other ranks are writing there, too: what vanishes was a temporary name of theirs."""
-    for path in [*folder.rglob("*"), folder]:
+        yield
+    except BaseException as err:  # told to the others, and raised again
+        if attempt.ranks.rank == 0:
+            _leave_failure(attempt, str(err))
+            raise
         try:
-            fsync_path(path)
-        except FileNotFoundError:
-            continue
+            _tell(attempt.part(attempt.ranks.rank), {"attempt": attempt.name, "failed": f"{type(err).__name__}: {err}"})
+        except OSError:
+            with suppress(OSError):  # else the deadline tells them
+                (attempt.temp / _TOKEN).unlink()
+        raise
+
+
+def write_part(attempt: Attempt, write: Write) -> None:
+    """Write this rank's files, force them to the disk, and then say so."""
+    files = write(attempt.temp)
+    paths = [attempt.temp / name for name in files]
+    for path in [*paths, *{path.parent for path in paths}]:
+        fsync_path(path)
+    sums = {name: {"bytes": record[0], "sha256": record[1]} for name, record in files.items()}
+    _tell(attempt.part(attempt.ranks.rank), {"attempt": attempt.name, "files": sums})
+
+
+def publish(attempt: Attempt, record: Mapping[str, Any], deadline: Deadline) -> None:
+    """On the main rank: collect the parts, write the manifest, rename."""
+    parts = _collect(attempt, deadline)
+    files = _merged(attempt, parts)
+    for rank in parts:
+        attempt.part(rank).unlink()
+    (attempt.temp / _TOKEN).unlink()
+    names = {str(rank): sorted(part["files"]) for rank, part in sorted(parts.items())}
+    write_manifest(attempt.temp, attempt.step, record, attempt=attempt.name, files=files, parts=names)
+    _swap_in(attempt)
+
+
+def await_end(attempt: Attempt, deadline: Deadline) -> None:
+    """On another rank than the main one: return when the attempt is committed; raise StoreError when it has failed or time is up."""
+    problem = ""
+    for time_is_up in deadline.looks():
+        try:
+            # Listed before anything is opened: on NFS that asks the server again, where a name may be remembered as absent.
+            beside = set(os.listdir(attempt.root))
+            if _is_committed(attempt):
+                return
+            inside = set(os.listdir(attempt.temp)) if attempt.temp.name in beside else set()
+            if _FAILED in inside:
+                raise _FailedElsewhereError(read_json(attempt.temp / _FAILED)["failed"])
+            if attempt.temp.name not in beside and not _is_committed(attempt):
+                raise _FailedElsewhereError(f"{attempt.folder}: not saved, rank 0 has given up (its own message says why)")
+        except _FailedElsewhereError:
+            raise
+        except (OSError, StoreError) as err:  # a disk that fails once may answer the next time
+            problem = f"; last error: {err}"
+        if time_is_up:
+            raise StoreError(f"{attempt.folder}: not known to be saved, no word from rank 0 within {deadline.granted_s:g} s{problem}")
+
+
+class _FailedElsewhereError(StoreError):
+    """A failure that another rank has written down: for good, however often one looks."""
+
+
+def _prepare(root: Path, step: int, ranks: Ranks) -> tuple[str, str]:
+    """(name of the attempt, what went wrong): make the temporary folder with its token."""
+    attempt = Attempt(root, step, uuid.uuid4().hex, ranks)
+    try:
+        with _clear_errors(attempt.folder):
+            root.mkdir(parents=True, exist_ok=True)
+            recover(root)
+            attempt.temp.mkdir()
+            (attempt.temp / _TOKEN).touch()
+    except StoreError as err:
+        shutil.rmtree(attempt.temp, ignore_errors=True)
+        return "", str(err)
+    return attempt.name, ""
+
+
+def _collect(attempt: Attempt, deadline: Deadline) -> dict[int, dict[str, Any]]:
+    """Every rank's part; the token tells that none has failed without being able to write. Raises StoreError."""
+    parts: dict[int, dict[str, Any]] = {}
+    problem = ""
+    for time_is_up in deadline.looks():
+        try:
+            names = set(os.listdir(attempt.temp))
+            for rank in set(range(attempt.ranks.size)) - set(parts):
+                if attempt.part(rank).name in names:
+                    parts[rank] = read_json(attempt.part(rank))
+        except (OSError, StoreError) as err:  # a disk that fails once may answer the next time
+            problem = f"; last error: {err}"
+            names = {_TOKEN}
+        for rank, part in parts.items():
+            if "failed" in part:
+                raise StoreError(f"{attempt.folder}: not saved, rank {rank} could not write its part ({part['failed']})")
+        if _TOKEN not in names:
+            raise StoreError(f"{attempt.folder}: not saved, a rank could not write its part, nor why (its own message says it)")
+        if len(parts) == attempt.ranks.size:
+            return parts
+        if time_is_up:
+            silent = sorted(set(range(attempt.ranks.size)) - set(parts))
+            raise StoreError(f"{attempt.folder}: not saved, no part came from ranks {silent} within {deadline.granted_s:g} s{problem}")
+    raise AssertionError("looks() never ends")
+
+
+def _merged(attempt: Attempt, parts: Mapping[int, Mapping[str, Any]]) -> dict[str, FileRecord]:
+    """The files of all parts, each there with its size. Their contents were summed up by who wrote them and are not read again."""
+    files: dict[str, FileRecord] = {}
+    for rank, part in parts.items():
+        if part["attempt"] != attempt.name or files.keys() & part["files"].keys():
+            raise StoreError(f"{attempt.part(rank)}: not of this save, or with names that another rank uses, too")
+        for name, sums in part["files"].items():
+            files[name] = FileRecord(sums["bytes"], sums["sha256"])
+            check_size(attempt.temp / name, files[name].bytes)
+    return files
+
+
+def _swap_in(attempt: Attempt) -> None:
+    """The commit. An earlier copy of the step steps aside under a name that `latest_checkpoint` knows, and back on failure."""
+    aside = replaced_copy(attempt.folder)
+    if attempt.folder.exists():
+        os.rename(attempt.folder, aside)
+    try:
+        os.rename(attempt.temp, attempt.folder)
+    except OSError:
+        if not _is_committed(attempt):  # some file systems report a failure of a rename that they have made
+            raise
+    finally:
+        if aside.exists() and not attempt.folder.exists():
+            os.rename(aside, attempt.folder)
+
+
+def _settle(attempt: Attempt, config: CheckpointConfig) -> None:
+    """After the commit, on the main rank: force the new name to the disk, then retire. Nothing here can undo what the others see."""
+    try:
+        fsync_path(attempt.root)
+    except OSError as err:
+        # What is older may be needed after a power cut.
+        _log.warning("%s: saved, but the disk did not confirm it (%s); older checkpoints stay for now", attempt.folder, err.strerror)
+        return
+    retire(attempt.folder, config)
+
+
+def _leave_failure(attempt: Attempt, reason: str) -> None:
+    """Leave the reason for the other ranks, and give back space; the next `begin` removes the rest. Without others, leave nothing."""
+    if attempt.ranks.size > 1:
+        try:
+            _tell(attempt.temp / _FAILED, {"failed": reason})
+            _remove_finished_parts(attempt)
+            return
+        except OSError as err:
+            _log.warning("%s: the other ranks cannot be told why it failed (%s)", attempt.temp, err)
+    # That it is gone tells them as well. Renamed first: while others write there, a folder cannot be emptied for good.
+    doomed = attempt.temp.with_name(attempt.temp.name + ".tmp")
+    with suppress(OSError):
+        os.rename(attempt.temp, doomed)
+    for folder in (doomed, attempt.temp):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_finished_parts(attempt: Attempt) -> None:
+    """Files of ranks that have written all of theirs; nobody's file is taken away under its writer."""
+    with suppress(OSError, StoreError):  # only space is at stake
+        for part in attempt.temp.glob("part-*.json"):
+            for name in read_json(part).get("files", ()):
+                (attempt.temp / name).unlink()
+
+
+def _tell(path: Path, words: Mapping[str, Any]) -> None:
+    """A file for the other ranks, seen whole or not at all. Not forced to the disk: after a crash nobody reads it. Raises OSError."""
+    temp = path.with_name(f".{path.name}.tmp")
+    temp.write_text(json.dumps(words), encoding="utf-8")
+    os.replace(temp, path)
+
+
+def _is_committed(attempt: Attempt) -> bool:
+    manifest = attempt.folder / MANIFEST
+    return manifest.is_file() and read_json(manifest).get("attempt") == attempt.name
 
 
 @contextmanager

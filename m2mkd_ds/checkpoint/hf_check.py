@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,15 +21,30 @@ from torch import Tensor
 OWN_PACKAGES = ("m2mkd_ds", "m2mkd_kernels")
 
 
-def check_export(folder: Path, images_BCHW: Tensor, logits_BV: Tensor, *, atol: float = 0.0, timeout_s: float = 300.0) -> dict[str, Any]:
+class Picture(NamedTuple):
+    """An image and what the evaluation transform makes of it."""
+
+    image_HWC: Tensor
+    """uint8, RGB."""
+    pixels_CHW: Tensor
+    """float32."""
+
+
+def check_export(
+    folder: Path, images_BCHW: Tensor, logits_BV: Tensor, *, picture: Picture | None = None, atol: float = 0.0, timeout_s: float = 300.0
+) -> dict[str, Any]:
     """Load `folder` by transformers' auto classes in a fresh offline process and compare with `logits_BV` (CPU, fp32).
 
-    Returns {"max_abs_diff": largest difference of a logit, "prediction": what the image-classification pipeline says of a grey
-    image}. atol=0 asks for the same bits. Raises ValueError when logits differ or the process fails or hangs.
+    With `picture`, the folder's image processor must give its pixels, bit for bit. Returns {"max_abs_diff": largest difference of a
+    logit, "prediction": what the image-classification pipeline says of `picture`, or of a grey image}. atol=0 asks for the same bits.
+    Raises ValueError when logits or pixels differ or the process fails or hangs.
     """
     with tempfile.TemporaryDirectory() as scratch:
         sample = Path(scratch) / "sample.safetensors"
-        save_file({"images": images_BCHW.float().cpu().contiguous(), "logits": logits_BV.detach().float().cpu().contiguous()}, sample)
+        tensors = {"images": images_BCHW.float().cpu().contiguous(), "logits": logits_BV.detach().float().cpu().contiguous()}
+        if picture is not None:
+            tensors |= {"image": picture.image_HWC.contiguous(), "pixels": picture.pixels_CHW.contiguous()}
+        save_file(tensors, sample)
         answer = Path(scratch) / "answer.json"
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
         env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": f"{scratch}/modules", "CUDA_VISIBLE_DEVICES": ""}
@@ -44,6 +59,8 @@ def check_export(folder: Path, images_BCHW: Tensor, logits_BV: Tensor, *, atol: 
         result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if not result["max_abs_diff"] <= atol:  # also catches NaN
         raise ValueError(f"{folder}: logits of the exported model differ by up to {result['max_abs_diff']:g}; allowed is {atol:g}")
+    if not result["same_pixels"]:
+        raise ValueError(f"{folder}: the exported image processor gives other pixels than the evaluation transform")
     return result
 
 
@@ -64,14 +81,21 @@ def _child(folder: str, sample: str, answer: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     tensors = load_file(sample)
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         logits_BV = model(pixel_values=tensors["images"]).logits
-    classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
     size = tensors["images"].shape[-1]
-    prediction = classify(Image.new("L", (size + 3, size + 5), 128), top_k=1)[0]
-    difference = (logits_BV - tensors["logits"]).abs().max().item()
-    Path(answer).write_text(json.dumps({"max_abs_diff": difference, "prediction": prediction}), encoding="utf-8")
+    image, same_pixels = Image.new("L", (size + 3, size + 5), 128), True
+    if "image" in tensors:
+        image = Image.fromarray(tensors["image"].numpy())
+        same_pixels = torch.equal(processor(image, return_tensors="pt")["pixel_values"][0], tensors["pixels"])
+    classify = pipeline("image-classification", model=folder, trust_remote_code=True, device="cpu")
+    result = {
+        "max_abs_diff": (logits_BV - tensors["logits"]).abs().max().item(),
+        "prediction": classify(image, top_k=1)[0],
+        "same_pixels": same_pixels,
+    }
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Weights as safetensors files: written whole or not at all, equal content in equal bytes, read by slices.
 
-The rest of the store is one import away from here: `atomic.py` (JSON, checksums, the rename) and `commit.py` (folders that
-several ranks fill).
+The rest of the store is one import away from here: `atomic.py` (JSON, checksums, the rename), `commit.py` (folders that several ranks
+fill) and `manifest.py` (what such a folder holds).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, read_json, replacing, write_json_atomic
-from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint, verify_checkpoint
+from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
+from m2mkd_ds.checkpoint.manifest import verify_checkpoint
+from m2mkd_ds.checkpoint.safetensors_stream import METADATA_KEY
 
 __all__ = [
     "StoreError",
@@ -34,10 +36,6 @@ __all__ = [
     "weight_shapes",
     "write_json_atomic",
 ]
-
-_METADATA_KEY = "m2mkd_ds"
-"""All metadata are one JSON text under this key: safetensors writes several keys in random order, so that equal content would
-have unequal checksums."""
 
 
 def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -54,7 +52,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         # save_file makes its files private to the user; the rights of a plainly created file are restored.
         mode = temp.stat().st_mode
         try:
-            save_file(packed, temp, metadata={_METADATA_KEY: text})
+            save_file(packed, temp, metadata={METADATA_KEY: text})
         except SafetensorError as err:
             raise OSError(str(err)) from err
         temp.chmod(mode)
@@ -89,7 +87,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """What `save_weights` got as metadata; for a file of another program, its own metadata."""
     with _opened(path) as file:
         raw: dict[str, str] = file.metadata() or {}
-    return json.loads(raw[_METADATA_KEY]) if _METADATA_KEY in raw else raw
+    return json.loads(raw[METADATA_KEY]) if METADATA_KEY in raw else raw
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The command line: `m2mkd VERB ...`. Each verb is a small function; heavy rooms are imported inside it, so `--help` is quick.
 
 A pre-parser takes what the `deepspeed` launcher and its users add (`--local_rank N`, `--deepspeed`, `--deepspeed_config FILE`),
-tyro parses the rest. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+tyro parses the rest. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped on request with everything saved (the same
+command goes on), 76 a rank hung and was ended by its watchdog, 77 a loss or gradient became NaN or infinite.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,13 +18,15 @@ import tyro
 
 from m2mkd_ds import __version__
 
-from m2mkd_ds.cli import run, shards, shards_check, results, few_shot, teacher, plan, bench, bench_memory  # noqa: F401  # isort: skip  (they register, in this order)
+from m2mkd_ds.cli import (  # noqa: F401  # isort: skip  (they register their verbs, which --help lists in this order)
+    run, shards, shards_check, results, export, timm_folders, onnx, checkpoints, few_shot, teacher, plan, probe, bench, bench_memory,
+)  # fmt: skip
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
 _TAUGHT_VERBS: dict[str, Callable[..., None]] = {
     "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
-    "plan": plan.plan,
+    "onnx": onnx.onnx, "plan": plan.plan, "probe-batch": probe.probe_batch,
 }  # fmt: skip
 """Verbs whose own --help says more than the line that lists them."""
 
@@ -99,11 +103,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"m2mkd: {err}\n")  # an optional package, and how to get it
         sys.exit(2)
     except RuntimeError as err:
-        from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
-        from m2mkd_ds.train.launch import LaunchError
-
-        if os.environ.get("M2MKD_DEBUG") or not isinstance(err, (LaunchError, TeacherLostError, TeacherRefusedError)):
+        code = _code_of_known(err)
+        if code is None:
             raise
-        # A failed job has told its own reason above; the other two are sentences for people.
+        if os.environ.get("M2MKD_DEBUG"):
+            traceback.print_exc()
+        _say(err)
+        sys.exit(code)
+    except Exception as err:
+        from m2mkd_ds.train.stopping import STOP_CODE, StopRequested
+
+        if not isinstance(err, StopRequested):
+            raise
+        _say(err)
+        sys.exit(STOP_CODE)
+
+
+def _say(err: Exception) -> None:
+    """One line on stderr, whose reader may have gone with a launcher that was killed: the exit code must come out all the same."""
+    from m2mkd_ds.train.closed_output import outliving_readers
+
+    with outliving_readers():
         sys.stderr.write(f"m2mkd: {err}\n")
-        sys.exit(2 if isinstance(err, TeacherRefusedError) else 1)
+        sys.stderr.flush()
+
+
+def _code_of_known(err: RuntimeError) -> int | None:
+    """The exit code for errors whose text is a sentence for people; None for others, which keep their traceback."""
+    from m2mkd_ds.checkpoint.hf_push import HubError
+    from m2mkd_ds.distributed.rendezvous import MissingRanksError
+    from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
+    from m2mkd_ds.train.guard import PeerLostError
+    from m2mkd_ds.train.launch import LaunchError
+    from m2mkd_ds.train.loop import NonFiniteLossError
+
+    if isinstance(err, (LaunchError, NonFiniteLossError, PeerLostError)):
+        return err.exit_code
+    if isinstance(err, (HubError, MissingRanksError, TeacherLostError)):
+        return 1
+    return 2 if isinstance(err, TeacherRefusedError) else None

@@ -1,4 +1,4 @@
-"""`m2mkd bench experts | loader | teacher | scaling`: measurements; `memory` is in cli/bench_memory.py."""
+"""`m2mkd bench experts | loader | teacher | checkpoint | scaling`: measurements; `memory` is in cli/bench_memory.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from m2mkd_ds.bench.checkpoint_options import CheckpointBench
 from m2mkd_ds.bench.loader_options import LoaderBench
 from m2mkd_ds.bench.options import ExpertBench
 from m2mkd_ds.bench.scaling_options import ScalingBench
@@ -16,12 +17,13 @@ from m2mkd_ds.logs import setup_logging
 
 
 @app.command
-def bench(what: tyro.conf.Positional[Literal["experts", "loader", "teacher", "scaling", "memory"]], /) -> None:
+def bench(what: tyro.conf.Positional[Literal["experts", "loader", "teacher", "checkpoint", "scaling", "memory"]], /) -> None:
     """Measure against other projects: `m2mkd bench experts --help`, and so on.
 
     Args:
         what: experts: throughput of expert compute. loader: images a second of the input pipeline. teacher: how a teacher server's
-            answers travel. scaling: the training step on more ranks. memory: what `m2mkd plan` predicts against what phases hold.
+            answers travel. checkpoint: how long saving holds training up. scaling: the training step on more ranks. memory: what
+            `m2mkd plan` predicts against what phases hold.
     """
     # `main` sends these words to `bench_app`; this entry is what `m2mkd --help` lists.
     bench_app.cli(prog="m2mkd bench", args=[what])
@@ -89,6 +91,21 @@ def teacher(bench: tyro.conf.OmitArgPrefixes[TeacherBench]) -> None:
 
     setup_logging()
     out(run_teacher(bench))
+
+
+@bench_app.command
+def checkpoint(bench: tyro.conf.OmitArgPrefixes[CheckpointBench]) -> None:
+    """Measure how long saving holds training up: our commit, in line and asynchronous, and torch's ways, in turn.
+
+    A first look, in half a minute: m2mkd bench checkpoint --mib 48 --repeats 2
+
+    Args:
+        bench: Size of the state, peers, disk and how often to measure.
+    """
+    bench.check()
+    from m2mkd_ds.bench.checkpoint import run_checkpoint
+
+    in_world(lambda world: run_checkpoint(bench, world))
 
 
 @bench_app.command

@@ -85,12 +85,12 @@ def _chosen(names: tuple[str, ...], quick: bool) -> list[MemoryCase]:
 
 def _measure(case: MemoryCase) -> list[MemoryRow]:
     """Launch a case, read what its ranks say, predict. Raises LaunchError when the job fails."""
-    from m2mkd_ds.train.launch import run_launched
+    from m2mkd_ds.train.launch import run_here
 
     logger.info("case %s: %d rank(s)", case.name, case.ranks)
     with tempfile.TemporaryDirectory(prefix="m2mkd_memory_") as scratch:
         words = ["bench", "memory", "--child", str(ALL_CASES.index(case)), "--folder", scratch]
-        run_launched(LaunchConfig(num_gpus=case.ranks, extra=("--master_addr", "127.0.0.1")), words)
+        run_here(LaunchConfig(num_gpus=case.ranks, extra=("--master_addr", "127.0.0.1")), words)
         ranks = json.loads((Path(scratch) / "measured.json").read_text(encoding="utf-8"))
         return [_row(case, Path(scratch), phase, [rank[phase] for rank in ranks]) for phase in ranks[0]]
 

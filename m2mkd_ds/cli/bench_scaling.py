@@ -48,7 +48,7 @@ def run_in_job(bench: ScalingBench) -> None:
 
 def run_jobs(bench: ScalingBench) -> str:
     """Launch a job for every number of ranks, one after the other. Raises LaunchError when one fails."""
-    from m2mkd_ds.train.launch import run_launched
+    from m2mkd_ds.train.launch import run_here
 
     started = time.perf_counter()
     jobs: list[Measured] = []
@@ -58,7 +58,7 @@ def run_jobs(bench: ScalingBench) -> str:
             file = Path(folder) / f"{ranks}.json"
             os.environ |= {HAND_OVER: str(file), "OMP_NUM_THREADS": str(bench.threads_per_rank)}
             launch = LaunchConfig(num_gpus=ranks, threads_per_rank=bench.threads_per_rank, extra=("--master_addr", "127.0.0.1"))
-            run_launched(launch, ["bench", "scaling", *words])
+            run_here(launch, ["bench", "scaling", *words])
             jobs += [Measured(**job) for job in json.loads(file.read_text(encoding="utf-8"))]
     return _finish(bench, jobs, time.perf_counter() - started)
 

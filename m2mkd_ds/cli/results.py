@@ -1,9 +1,10 @@
-"""The verbs that use what a run has made: eval, export, report, import; and doctor, for what this machine has."""
+"""The verbs that use what a run has made: eval, report, import; and doctor, for what this machine has."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,11 +13,20 @@ import tyro
 
 from m2mkd_ds.cli.app import NONE_GIVEN, app, in_world, out
 from m2mkd_ds.config import ConfigError, RunConfig, load
+from m2mkd_ds.distributed.launched import launched_rank
 from m2mkd_ds.logs import setup_logging
 
 
 @app.command(name="eval")
-def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch_size: int = 256) -> None:
+def evaluate(
+    path: tyro.conf.Positional[Path],
+    /,
+    *,
+    validation: str = "",
+    batch_size: int = 256,
+    device_map: Literal["", "auto"] = "",
+    max_memory: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICE=SIZE", help_behavior_hint=NONE_GIVEN)] = (),
+) -> None:
     """Evaluate on every validation image exactly once: a run (all its models), one weights file of a run, or an exported folder.
 
     Under the launcher the images are shared out over the ranks: deepspeed --num_gpus 2 --module m2mkd_ds eval RUN.
@@ -25,8 +35,14 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch
         path: Run folder (holds config.yaml), a .safetensors file in it, or an exported Hugging Face folder (holds config.json).
         validation: Shards (folder or URL) to use instead of the run's own, whose results stay as they are; needed for an exported folder.
         batch_size: Images a forward pass, for an exported folder.
+        device_map: auto: spread an exported folder's model over all GPUs, the CPU and the disk of this host.
+        max_memory: With --device-map: the most that each device may hold, for example 0=10GB cpu=4GB; else what is free.
     """
     setup_logging()
+    if (device_map or max_memory) and not (path / "config.json").is_file():
+        raise ConfigError(f"--device-map and --max-memory are for an exported folder, and {path} is none; export the run first")
+    if max_memory and not device_map:
+        raise ConfigError("--max-memory says how --device-map auto spreads a model; give both")
     if path.suffix == ".safetensors" and path.is_file():
         from m2mkd_ds.train.evaluate_weights import evaluate_weights
 
@@ -43,11 +59,13 @@ def evaluate(path: tyro.conf.Positional[Path], /, *, validation: str = "", batch
 
             _evaluate_elsewhere(replace(config, data=replace(config.data, validation=absolute(validation))))
     elif (path / "config.json").is_file():
+        from m2mkd_ds.checkpoint.big_models import parse_max_memory
         from m2mkd_ds.train.evaluate_export import evaluate_export
 
         if not validation:
             raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder or URL with index.json)")
-        in_world(lambda world: evaluate_export(path, validation, batch_size, world))
+        limits = parse_max_memory(max_memory) or None
+        in_world(lambda world: evaluate_export(path, validation, batch_size, world, max_memory=limits, spread=bool(device_map)))
     else:
         raise ConfigError(
             f"{path}: neither a run folder (config.yaml), nor a .safetensors file of one, nor an exported folder (config.json)"
@@ -61,28 +79,6 @@ def _evaluate_elsewhere(config: RunConfig) -> None:
     from m2mkd_ds.train.evaluate_run import score_run
 
     in_world(lambda world: format_table(score_run(open_run(config, world))[1]))
-
-
-@app.command
-def export(
-    run: tyro.conf.Positional[Path],
-    /,
-    *,
-    out_dir: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
-    dtype: Literal["fp32", "bf16"] = "fp32",
-) -> None:
-    """Write the final student as a Hugging Face folder that loads with trust_remote_code=True.
-
-    Args:
-        run: Run folder.
-        out_dir: Target folder; RUN/export/model by default.
-        dtype: The dtype of the stored weights.
-    """
-    from m2mkd_ds.train.export_run import export_run
-
-    setup_logging()
-    config = replace(load(run / "config.yaml"), run_dir=str(run.resolve()))
-    out(str(export_run(config, out_dir or run / "export" / "model", dtype=dtype)))
 
 
 @app.command
@@ -125,11 +121,37 @@ def import_checkpoint(
 
 
 @app.command
-def doctor() -> None:
-    """Say what this machine has: versions, devices, precision, optional parts and why they are absent."""
-    from m2mkd_ds.train.doctor import describe_machine
+def doctor(
+    *,
+    cluster: Path | None = None,
+    config: Path | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Say what this machine has: versions, devices, precision, optional parts and why they are absent; or examine a cluster.
 
-    out(describe_machine())
+    A cluster is examined over ssh, all hosts at once: environment, versions, clocks, devices, network, folders; then a small job is
+    started over all of them, which checks an all-reduce and an all-to-all and says how fast they are. Exit code 1 if anything is wrong.
+
+    Args:
+        cluster: Hostfile of the cluster to examine instead of this machine.
+        config: With --cluster: RUN/config.yaml of a run, whose folder and shards every host must see.
+        as_json: With --cluster: print JSON.
+    """
+    if cluster is None:
+        if config or as_json:
+            raise ConfigError("doctor: --config and --json belong to --cluster HOSTFILE")
+        from m2mkd_ds.train.doctor import describe_machine
+
+        out(describe_machine())
+        return
+    from m2mkd_ds.train.cluster_doctor.run import diagnose
+
+    setup_logging()
+    resolved = replace(load(config), run_dir=str(config.resolve().parent)) if config else None
+    found = diagnose(cluster, resolved)
+    out(found.as_json() if as_json else found.text())
+    if found.problems:
+        sys.exit(1)
 
 
 def print_results(run: Path) -> None:
@@ -137,5 +159,5 @@ def print_results(run: Path) -> None:
     from m2mkd_ds.report import format_table
 
     results = run / "evaluate" / "results.json"
-    if results.is_file() and os.environ.get("RANK", "0") == "0":
+    if results.is_file() and launched_rank(os.environ) == 0:
         out(format_table(json.loads(results.read_text())))

@@ -13,6 +13,7 @@ from m2mkd_ds.cli.app import Overrides, app, out
 from m2mkd_ds.cli.resolve import ensure_shards, resolve, with_ds_config
 from m2mkd_ds.cli.results import print_results
 from m2mkd_ds.config import PHASES, apply_overrides, dump
+from m2mkd_ds.distributed.launched import launched_rank
 from m2mkd_ds.logs import setup_logging
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def train(
     from m2mkd_ds.train.run_phase import check_phases, run_phases
 
     check_phases(resolved, names)
-    if recipe and os.environ.get("RANK", "0") == "0":
+    if recipe and launched_rank(os.environ) == 0:
         write_config(resolved)  # so that later verbs and phases find the same config in the run folder
     run_phases(resolved, names, pair)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.ring import Place, ring_of
+from m2mkd_ds.data.shard_files import IoCounts
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class WorkerBatch:
     fallbacks: int = 0
     lost: SampleError | None = None
     """Then images and labels are zeros."""
+    io: IoCounts = IoCounts()
+    """What the process that made it did to get bytes from elsewhere, since its batch before."""
     place: Place | None = None
     """Where the images are lent memory of a ring; `images` is empty until `fetched`."""
 

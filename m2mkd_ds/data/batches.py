@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, islice
 
 import torch
@@ -28,6 +29,7 @@ from m2mkd_ds.data.order import Slot, make_order
 from m2mkd_ds.data.pil_transforms import ImageTransform, eval_transform, train_transform
 from m2mkd_ds.data.plan import BatchLayout, eval_samples
 from m2mkd_ds.data.ring import Place, Ring, Turn, shared_tensor
+from m2mkd_ds.data.shard_files import IoCounts
 from m2mkd_ds.data.transforms import Mixer
 
 MAX_SUBSTITUTES = 50
@@ -42,14 +44,29 @@ class _LostPlaceError(Exception):
         self.error, self.records = error, records
 
 
+class _Meter:
+    """What a process does to get bytes from elsewhere, batch by batch."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index, self._told = index, index.files.counts()
+
+    def since(self) -> IoCounts:
+        """Since the last call."""
+        before, self._told = self._told, self._index.files.counts()
+        return self._told.plus(before, -1)
+
+    def __reduce__(self) -> tuple[type[_Meter], tuple[ShardIndex]]:
+        return _Meter, (self._index,)  # a worker's files are its own, and begin to count anew
+
+
 class Batches(Dataset["WorkerBatch | SampleError"], ABC):
     """Micro-batches by number; asked for a `Turn`, with the images at its place of `ring`."""
 
     ring: Ring | None = None
     _transform: ImageTransform | FastTrain | FastEval
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, index: ShardIndex) -> None:
+        self._size, self._meter = size, _Meter(index)
 
     def use_ring(self, count: int) -> Ring:
         """Let images be put where a turn says, from now on: a ring of `count` places. Before the workers start."""
@@ -59,7 +76,8 @@ class Batches(Dataset["WorkerBatch | SampleError"], ABC):
     def __getitem__(self, turn: int | Turn) -> WorkerBatch | SampleError:
         number, place = turn if isinstance(turn, Turn) else (turn, None)
         try:
-            return self._batch(number, place).left_at(place)
+            batch = self._batch(number, place)
+            return replace(batch, io=self._meter.since()).left_at(place)
         except SampleError as err:
             return err
 
@@ -80,7 +98,7 @@ class TrainBatches(Batches):
     """Micro-batch number k of a rank: step k // accumulation, micro-step k % accumulation."""
 
     def __init__(self, index: ShardIndex, data: DataConfig, *, seed: int, layout: BatchLayout, rank: int) -> None:
-        super().__init__(layout.micro_batch_size)
+        super().__init__(layout.micro_batch_size, index)
         self._index, self._layout, self._rank, self._seed = index, layout, rank, seed
         self._num_classes = data.num_classes
         self._transform: ImageTransform | FastTrain = FastTrain(data) if data.decode == "fast" else train_transform(data)
@@ -163,7 +181,7 @@ class EvalBatches(Batches):
     """Evaluation batch number b of a rank; any damaged image is an error."""
 
     def __init__(self, index: ShardIndex, data: DataConfig, *, batch_size: int, rank: int, world: int) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, index)
         self._index, self._num_classes = index, data.num_classes
         self._batch_size, self._rank, self._world = batch_size, rank, world
         self._transform: ImageTransform | FastEval = FastEval(data) if data.decode == "fast" else eval_transform(data)

@@ -29,13 +29,14 @@ from m2mkd_ds.data.remote.addresses import redact
 from m2mkd_ds.data.remote.files import CachedFiles
 from m2mkd_ds.data.remote.look_ahead import LookAhead as ShardLookAhead
 from m2mkd_ds.data.ring import Turns
-from m2mkd_ds.data.shard_files import Access
+from m2mkd_ds.data.shard_files import Access, IoCounts
 from m2mkd_ds.data.worker_start import start_worker, worker_context
 from m2mkd_ds.data_config import check_mixing
 
 __all__ = ["EvalLoader", "ImageBatch", "LookAhead", "TrainLoader", "check_data", "decode"]
 
 CPU = torch.device("cpu")
+_KILLED_S = 5.0
 PREFETCH = 2
 """Batches a worker is asked for ahead."""
 
@@ -122,6 +123,8 @@ class TrainLoader:
         self._numbers = range(start_step * accumulation, total_steps * accumulation)
         self._workers = _Workers(partial(_loader, batches, self._numbers, data, device))
         self._finish = Finisher(data, device, smoothing=data.augment.label_smoothing)
+        self._io = IoCounts()
+        self._io_here = index.files.counts() if data.num_workers else None
 
     def __len__(self) -> int:
         """Micro-batches this loader yields."""
@@ -138,9 +141,16 @@ class TrainLoader:
         self._workers.close()
         self.index.files.expect(())
 
+    def io_counts(self) -> IoCounts:
+        """What workers did to get the bytes of the batches that were yielded, and this process to fetch shards ahead."""
+        # Without workers, the batches tell of this process already.
+        ahead = IoCounts() if self._io_here is None else self.index.files.counts().plus(self._io_here, -1)
+        return self._io.plus(ahead)
+
     def _finished(self, received: Iterator[tuple[WorkerBatch, float]]) -> Iterator[ImageBatch]:
         for number, (batch, wait_s) in zip(self._numbers, received, strict=True):
             self._advance(number)
+            self._io = self._io.plus(batch.io)
             if batch.lost is not None and self._raise_lost:
                 raise batch.lost
             yield self._finish(batch, wait_s)
@@ -269,10 +279,19 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
 
     def __init__(self, items: Iterator[WorkerBatch | SampleError]) -> None:
         self._items: Iterator[WorkerBatch | SampleError] | None = items
+        self._processes: list[Any] = list(getattr(items, "_workers", ()))
+        """Of a DataLoader with workers."""
 
     def close(self) -> None:
-        """Drop the DataLoader's iterator, whose workers end with its last reference."""
+        """Drop the DataLoader's iterator, whose workers end with its last reference, and kill those that do not."""
         self._items = None
+        for process in self._processes:
+            # DataLoader asks, waits five seconds and sends SIGTERM, which workers ignore: one that is stuck would stay, and the
+            # interpreter would wait for it at its end.
+            if process.is_alive():
+                process.kill()
+                process.join(_KILLED_S)
+        self._processes = []
 
     def __next__(self) -> tuple[WorkerBatch, float]:
         if self._items is None:

@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +39,24 @@ class Access:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class IoCounts:
+    """What was done to get bytes that lie elsewhere."""
+
+    hits: int = 0
+    """Reads that found their shard in the cache."""
+    misses: int = 0
+    """Shards that were fetched into the cache."""
+    bytes_fetched: int = 0
+    """Bytes that came from elsewhere."""
+    retries: int = 0
+    """Tries that failed and were made again."""
+
+    def plus(self, other: IoCounts, sign: int = 1) -> IoCounts:
+        """The sum; with sign -1 the difference."""
+        return IoCounts(*(getattr(self, f.name) + sign * getattr(other, f.name) for f in fields(self)))
+
+
 class ShardFiles(Protocol):
     """Bytes of shards by number."""
 
@@ -48,6 +66,10 @@ class ShardFiles(Protocol):
 
     def expect(self, shards: Sequence[int]) -> None:
         """The shards that will be needed next, in this order: a hint to fetch them. Returns at once."""
+        ...
+
+    def counts(self) -> IoCounts:
+        """What this process has done so far."""
         ...
 
     def close(self) -> None:
@@ -88,6 +110,10 @@ class LocalFiles:
 
     def expect(self, shards: Sequence[int]) -> None:
         """Nothing to fetch."""
+
+    def counts(self) -> IoCounts:
+        """Nothing lies elsewhere."""
+        return IoCounts()
 
     def close(self) -> None:
         """Nothing runs in the background."""

@@ -5,11 +5,11 @@ batch; each has its own clipping, norm, learning rate and checkpoint. The order 
 
     outputs = engine(inputs)      loss = f(outputs)      engine.backward(loss)      norm = engine.step(lr)
 
-and every `gradient_accumulation_steps`-th `step` updates the weights. Checkpoints hold fp32 weights and optimizer state in
-plain tensors (`flat_state.py`), not DeepSpeed's own files: those are pickles that only the same number of ranks can load.
+and every `gradient_accumulation_steps`-th `step` updates the weights. Checkpoints hold fp32 weights and optimizer state as
+plain tensors (`checkpoint/rank_files.py`), not DeepSpeed's own files: those are pickles that only the same number of ranks can load.
 
     layout.py       which elements lie on which rank           zero_shards.py         where DeepSpeed keeps them, by stage
-    flat_state.py   rank files of a checkpoint                 expert_parallel.py     experts spread over ranks
+    flat_state.py   this rank's share of a checkpoint          expert_parallel.py     experts spread over ranks
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import io
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,14 +26,23 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from m2mkd_ds.checkpoint.rank_files import Description, FileRecord, RankFiles
 from m2mkd_ds.distributed.expert_parallel import ParallelExperts, gather_experts, parallel_layers
-from m2mkd_ds.distributed.flat_state import GroupState, optimizer_state, rank_file, read_rank_files, write_rank_file
-from m2mkd_ds.distributed.groups import ExpertGroups
-from m2mkd_ds.distributed.layout import fill_master
+from m2mkd_ds.distributed.flat_state import RankSnapshot, check_same_model, fill_part, optimizer_state
+from m2mkd_ds.distributed.layout import expert_groups_of, fill_master, gather
+from m2mkd_ds.distributed.parameters import check_stage_3, describe_parameters, expert_groups_of_optimizer, named_groups_of
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.distributed.zero_shards import PartitionedModule, PartitionedOptimizer, ZeroShards, forget_module
 
 logger = logging.getLogger("m2mkd_ds")
+
+
+class Snapshot(Protocol):
+    """One rank's share of everything needed to go on, in CPU memory of its own. It knows no engine: any thread may write it."""
+
+    def write(self, folder: Path) -> dict[str, FileRecord]:
+        """Write this rank's files into the existing `folder`, forced to disk. Returns {file name: (bytes, SHA-256)}."""
+        ...
 
 
 class Engine(Protocol):
@@ -58,12 +66,17 @@ class Engine(Protocol):
         """End a micro-batch. At the last one of a step: update with learning rate `lr`, return the global gradient norm."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of everything needed to go on."""
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
+        """Copy this rank's share of everything needed to go on, between two steps. `reuse` is an earlier snapshot of this engine, whose
+        memory is taken over; it must not be written any more, nor be in the middle of it."""
+        ...
+
+    def save(self, folder: Path) -> dict[str, FileRecord]:
+        """`snapshot().write(folder)`."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Go on from what all ranks of a job of any shape wrote."""
         ...
 
     def full_state_dict(self, *, ema: bool = False) -> dict[str, Tensor]:
@@ -133,13 +146,14 @@ class DeepSpeedEngine:
         self.is_collective = bool(self._spread) or self.stage == 3
         self._optimizer = optimizer
         self._ema_decay = ema_decay
-        named_groups = _named_groups(module, optimizer)
+        named_groups = named_groups_of(module, optimizer)
         if self.stage == 3:
-            _check_stage_3(module, self._spread)
+            check_stage_3(module, self._spread)
         # Taken before DeepSpeed casts and cuts the module: bf16 keeps 8 bits of the 24 that a weight file brings.
         # On the CPU: whole fp32 weights on the device would be the peak of its memory, above all under ZeRO-3.
         originals = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
-        experts = [_expert_groups(group) for group in optimizer.param_groups]
+        experts = [expert_groups_of_optimizer(group) for group in optimizer.param_groups]
+        self._parameters = describe_parameters(module, named_groups, optimizer, experts)
 
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):  # DeepSpeed's bf16 optimizer prints memory tables that no log level stops
@@ -210,8 +224,9 @@ class DeepSpeedEngine:
             raise ValueError("this engine keeps no moving average: make it with ema_decay > 0")
         weights = {name: value.float().cpu().clone() for name, value in self._frozen.items()}
         for layout, part_P in zip(self._shards.layouts, self._ema if ema else self._masters(), strict=True):
-            for name, piece in layout.split(layout.gather(part_P)).items():
-                whole = piece if layout.experts is None else gather_experts(piece, layout.experts)
+            experts = expert_groups_of(layout)
+            for name, piece in layout.split(gather(layout, part_P)).items():
+                whole = piece if experts is None else gather_experts(piece, experts)
                 weights[name] = whole.cpu().clone()  # cloned one by one: views would share, and keep, the whole row
         name_of = {id(p): name for name, p in self.module.named_parameters()}
         result = {}
@@ -223,51 +238,65 @@ class DeepSpeedEngine:
             result[name] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
         return result
 
-    def save(self, folder: Path) -> None:
-        """Write `engine_rank_<r>.pt` into the existing `folder`; every rank calls it, between two steps.
+    def snapshot(self, reuse: Snapshot | None = None) -> RankSnapshot:
+        """Copy this rank's share to CPU memory (from a GPU: pinned), into that of `reuse` where given; every rank calls it, between steps.
 
         Raises RuntimeError inside a step, because accumulated gradients are not saved.
         """
         if not self.at_boundary:
-            raise RuntimeError("save() inside a step: call it after the micro-batch whose step() returned a norm")
-        states = []
-        for index, (layout, master_P) in enumerate(zip(self._shards.layouts, self._masters(), strict=True)):
+            raise RuntimeError("a save inside a step: call it after the micro-batch whose step() returned a norm")
+        assert reuse is None or isinstance(reuse, RankSnapshot)
+        tensors: dict[str, Tensor] = {}
+        kinds: tuple[str, ...] = ()
+        for index, master_P in enumerate(self._masters()):
             tensors_P, scalars = optimizer_state(self._optimizer.state.get(master_P, {}), master_P)
             tensors_P = {"master": master_P, **tensors_P} | ({"ema": self._ema[index]} if self._ema else {})
-            states.append(GroupState(layout, tensors_P, scalars))
-        shared = self._frozen | dict(self.module.named_buffers())
-        extra = {"shared": {name: value.detach().cpu().clone() for name, value in shared.items()} if self.world.is_main else {}}
-        write_rank_file(rank_file(folder, self.world.rank), states, size=self.world.size, extra=extra)
+            kinds = kinds or tuple(tensors_P)
+            tensors |= {f"group{index}.{kind}": tensors_P[kind] for kind in kinds}
+            if index == 0 and self.world.is_main:  # all groups make every step together
+                tensors |= {f"scalar.{kind}": value for kind, value in scalars.items()}
+        if self.world.is_main:
+            tensors |= {f"shared.{name}": value for name, value in (self._frozen | dict(self.module.named_buffers())).items()}
+        groups = tuple(layout.at(0) for layout in self._shards.layouts)
+        return RankSnapshot(Description(self.world.size, self.stage, kinds, self._parameters, groups), self.world.rank, tensors, reuse)
+
+    def save(self, folder: Path) -> dict[str, FileRecord]:
+        """Write `engine_rank_<r>.safetensors` into the existing `folder`; every rank calls it, between two steps."""
+        return self.snapshot().write(folder)
 
     def load(self, folder: Path) -> None:
         """Restore weights, optimizer state, average and buffers; every rank calls it, on an engine of the same module.
 
-        With as many ranks as saved, going on is bit for bit the uninterrupted run; with another number, or another ZeRO stage, the
-        values are the same and only the order of sums differs. Raises ValueError for files that are missing, of another model, or
-        written with another ep_size.
+        With the shape that saved (ranks, ep_size, ZeRO stage), a rank reads its own file and rank 0's, and going on is bit for bit the
+        uninterrupted run; with any other, the values are the same and only the order of sums differs. Each rank reads no more than its
+        own share. Raises ValueError for files that are missing or of another model; the engine is as it was then.
         """
         if not self.at_boundary:
             raise RuntimeError("load() inside a step: call it before the first micro-batch of a step")
-        states, extra = read_rank_files(folder, self._shards.layouts, self.world.size, self.world.rank)
+        files = RankFiles(folder)
         shared, parameters = self._frozen | dict(self.module.named_buffers()), dict(self.module.named_parameters())
-        # All checks before the first change: a refused checkpoint leaves the engine as it was.
-        if set(shared) != set(extra["shared"]):
-            raise ValueError(f"{folder}: other buffers or frozen parameters: {sorted(set(shared) ^ set(extra['shared']))[:5]}")
-        if bool(self._ema) != ("ema" in states[0].tensors_P):
+        # All checks before the first change.
+        check_same_model(files, self._shards.layouts)
+        if {name: value.shape for name, value in shared.items()} != {name: info.shape for name, info in files.shared.items()}:
+            raise ValueError(f"{folder}: other buffers or frozen parameters: {sorted(set(shared) ^ set(files.shared))[:5]}")
+        if bool(self._ema) != ("ema" in files.description.kinds):
             raise ValueError(f"{folder}: ema_decay is {self._ema_decay}, but the checkpoint has {'no' if self._ema else 'an'} average")
-        for index, (saved, master_P) in enumerate(zip(states, self._masters(), strict=True)):
-            tensors_P = dict(saved.tensors_P)
+        for layout in self._shards.layouts:
+            files.check_held(layout)
+        kinds = [kind for kind in files.description.kinds if kind not in ("master", "ema")]
+        for index, (layout, master_P) in enumerate(zip(self._shards.layouts, self._masters(), strict=True)):
             with torch.no_grad():
-                master_P.copy_(tensors_P.pop("master"))
+                fill_part(files, "master", layout, master_P)
                 if self._ema:
-                    self._ema[index].copy_(tensors_P.pop("ema"))
-            self._optimizer.state[master_P] = {
-                kind: value.to(_state_device(kind, master_P, self._optimizer)).clone()
-                for kind, value in (tensors_P | saved.scalars).items()
-            }
+                    fill_part(files, "ema", layout, self._ema[index])
+            state = {kind: torch.zeros_like(master_P, requires_grad=False) for kind in kinds}
+            for kind, part_P in state.items():
+                fill_part(files, kind, layout, part_P)
+            scalars = {k: v.to(_state_device(k, master_P, self._optimizer), copy=True) for k, v in files.scalars.items()}
+            self._optimizer.state[master_P] = state | scalars
         self._shards.publish()
         for name, value in shared.items():
-            value.copy_(extra["shared"][name])
+            value.copy_(files.read_shared(name))
         for name, value in self._frozen.items():
             parameters[name].data.copy_(value)
 
@@ -323,37 +352,6 @@ def _experts_sign(spread: Mapping[str, ParallelExperts]) -> nn.Module | None:
             """The groups are there: `shard_experts_` made them."""
 
     return SpreadExperts(next(iter(spread.values())))
-
-
-def _expert_groups(group: Mapping[str, Any]) -> ExpertGroups | None:
-    """Who shares the experts of an optimizer group; None for a group of parameters that every rank has."""
-    return group["experts"] if group.get("moe") else None
-
-
-def _check_stage_3(module: nn.Module, spread: Mapping[str, ParallelExperts]) -> None:
-    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-    if frozen or spread:
-        what = f"frozen parameters ({', '.join(frozen[:3])})" if frozen else "spread experts (ep_size > 1)"
-        raise ValueError(f"zero_optimization.stage 3 does not work with {what} here; use stage 1 or 2")
-
-
-def _named_groups(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
-    """Parameter names of the optimizer's groups, after checking that they are all the trainable ones, once each."""
-    names = {id(p): name for name, p in module.named_parameters()}
-    wrong = [f"{name} is {p.dtype}" for name, p in module.named_parameters() if p.dtype != torch.float32]
-    if wrong:
-        raise ValueError(f"the engine needs fp32 parameters (it casts them itself): {', '.join(wrong[:5])}")
-    groups = [tuple(names.get(id(p), f"<not of the module: {tuple(p.shape)}>") for p in g["params"]) for g in optimizer.param_groups]
-    given = Counter(name for group in groups for name in group)
-    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
-    missing, foreign = sorted(trainable - set(given)), sorted(set(given) - trainable)
-    twice = sorted(name for name, count in given.items() if count > 1)
-    if missing or foreign or twice or not all(groups):
-        raise ValueError(
-            f"the optimizer must hold every trainable parameter once and no empty group: missing {missing[:5]}, "
-            f"frozen or foreign {foreign[:5]}, more than once {twice[:5]}"
-        )
-    return groups
 
 
 def _state_device(kind: str, master_P: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:

@@ -166,6 +166,12 @@ def parallel_layers(module: nn.Module) -> dict[str, ParallelExperts]:
     return {name: child for name, child in module.named_modules() if isinstance(child, ParallelExperts)}
 
 
+def expert_parameters(module: nn.Module) -> set[str]:
+    """Names of the weights of all experts, spread or not."""
+    layers = ((name, child) for name, child in module.named_modules() if isinstance(child, Experts))
+    return {f"{name}.{leaf}" if name else leaf for name, child in layers for leaf, _ in child.named_parameters()}
+
+
 def gather_experts(local: Tensor, groups: ExpertGroups) -> Tensor:
     """Collective: this rank's share [E / P, ...] of a stacked weight -> the whole [E, ...] on every rank."""
     parts = [torch.empty_like(local) for _ in range(groups.size)]

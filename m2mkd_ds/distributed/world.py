@@ -1,8 +1,8 @@
 """The job: which rank this process is, its device, and the few collectives that code outside the engine needs.
 
 A process may come from the `deepspeed` launcher, from any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT (torchrun), or from no launcher at all: then the job has one rank. DeepSpeed is imported inside functions, so
-importing this file costs nothing.
+MASTER_PORT (torchrun), from srun, or from no launcher at all: then the job has one rank (`launched.py`). DeepSpeed is imported
+inside functions, so importing this file costs nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -21,16 +21,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 
+from m2mkd_ds.distributed.activity import collective
+from m2mkd_ds.distributed.interface import interface_towards
+from m2mkd_ds.distributed.launched import Place, place_of
+from m2mkd_ds.distributed.rendezvous import meet
+
 logger = logging.getLogger("m2mkd_ds")
 
 Precision = Literal["fp32", "bf16"]
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets for every rank."""
-
-_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Number of tasks as srun and mpirun tell it; they set none of the variables above."""
-
 
 @dataclass(frozen=True)
 class World:
@@ -50,11 +48,13 @@ class World:
         return self.rank == 0
 
 
-def init_world(timeout_s: float = 600.0) -> World:
+def init_world(timeout_s: float = 600.0, *, start_timeout_s: float = 300.0, give_up: Callable[[], bool] = lambda: False) -> World:
     """Join the job and choose this rank's device; call once, before any engine is made.
 
-    `timeout_s` bounds every collective: when a rank dies, the others fail after it instead of waiting for ever.
-    Raises ValueError when srun or mpirun started several tasks but nothing told them their ranks.
+    `timeout_s` bounds every collective: when a rank dies, the others fail after it instead of waiting for ever. `start_timeout_s` (0:
+    `timeout_s`) bounds the wait for ranks that do not come; `give_up` is asked meanwhile.
+    Raises ValueError when a launcher started several tasks but nothing told them their ranks, or when the meeting point cannot be reached;
+    MissingRanksError, which names them, and GivenUpError.
     """
     # Must stand before DeepSpeed is imported: without an accelerator it would probe, and warn on every rank.
     if not torch.accelerator.is_available():
@@ -74,15 +74,19 @@ def init_world(timeout_s: float = 600.0) -> World:
 
     accelerator = get_accelerator()
     options: dict[str, Any] = {}
-    if was_launched(os.environ):
-        rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    else:
-        rank, size, local_rank, local_size = 0, 1, 0, 1
-        # By arguments, not by environment: child processes must not think that they are rank 0 of this job.
-        options = {"init_method": f"tcp://127.0.0.1:{_free_port()}", "rank": rank, "world_size": size}
-        os.environ["LOCAL_RANK"] = "0"  # deepspeed.initialize asks for this one in any case
-    accelerator.set_device(local_rank)
+    place = place_of(os.environ) or Place(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
+    device_index = _device_index(place, accelerator.device_count())
+    met = None
+    if place.launcher != "none":
+        _choose_interface(place)
+        # Held until the process group has a store of its own on the same port.
+        met = meet(place, start_timeout_s or timeout_s, give_up)
+    if place.launcher != "environment":
+        # By arguments, not by environment: child processes must not think that they are ranks of this job.
+        host = f"[{place.master_addr}]" if ":" in place.master_addr else place.master_addr
+        options = {"init_method": f"tcp://{host}:{place.master_port}", "rank": place.rank, "world_size": place.size}
+        os.environ["LOCAL_RANK"] = str(device_index)  # deepspeed.initialize asks for this one in any case
+    accelerator.set_device(device_index)
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
@@ -90,26 +94,30 @@ def init_world(timeout_s: float = 600.0) -> World:
         verbose=False,
         **options,
     )
-    return World(rank, size, local_rank, local_size, torch.device(accelerator.device_name(local_rank)))
+    del met
+    device = torch.device(accelerator.device_name(device_index))
+    return World(place.rank, place.size, place.local_rank, place.local_size or 1, device)
 
 
 def was_launched(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher set the variables of a rank; false for a process that stands alone.
+    """Whether a launcher told this process its rank; false for one that stands alone. Raises ValueError as `place_of` does."""
+    return place_of(environ) is not None
 
-    Raises ValueError when some variables are missing, or when the process is one of several tasks of srun or mpirun.
-    """
-    missing = [name for name in LAUNCHER_VARIABLES if name not in environ]
-    if not missing:
-        return True
-    if "RANK" in environ or "WORLD_SIZE" in environ:
-        raise ValueError(f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start by `deepspeed` or torchrun")
-    for name in _TASK_COUNTS:
-        if int(environ.get(name) or 1) > 1:
-            raise ValueError(
-                f"{name} is {environ[name]}, so this is one task of several, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
-                "MASTER_PORT are not set: export them for every task, or start by `deepspeed` with a hostfile"
-            )
-    return False
+
+def _choose_interface(place: Place) -> None:
+    """Name the interface of the collectives, unless the user did: the one towards the meeting point, looked up on each host."""
+    wanted = {"GLOO_SOCKET_IFNAME": "{}"}
+    if torch.cuda.is_available() and place.spans_hosts:
+        wanted["NCCL_SOCKET_IFNAME"] = "={}"  # with `=`, eth1 does not mean eth10 as well
+    unset = {variable: form for variable, form in wanted.items() if variable not in os.environ}
+    name = interface_towards(place.master_addr, spans_hosts=place.spans_hosts) if unset else None
+    if name is not None:
+        os.environ.update({variable: form.format(name) for variable, form in unset.items()})
+
+
+def _device_index(place: Place, visible: int) -> int:
+    """Which of the visible devices is this rank's. Slurm may show each task its own device only, as number 0."""
+    return 0 if place.launcher == "slurm" and visible == 1 else place.local_rank
 
 
 def _import_functional_collectives() -> None:
@@ -136,7 +144,7 @@ def shutdown() -> None:
     if torch.distributed.is_initialized():
         import deepspeed
 
-        torch.distributed.barrier()
+        barrier("leave the job")
         deepspeed.comm.destroy_process_group()  # also forgets the groups that DeepSpeed keeps, so that a job can be joined again
         _free_cycles()
 
@@ -153,32 +161,36 @@ def _require_world() -> None:
         raise RuntimeError("no job was joined: call init_world() first")
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
+def barrier(what: str = "barrier") -> None:
+    """Wait until every rank is here. `what` names it in errors and diagnoses, as in the functions below."""
     _require_world()
-    torch.distributed.barrier()
+    with collective(what):
+        torch.distributed.barrier()
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
     """Replace `tensor` on every rank by its sum over the ranks, and return it. It must lie on the rank's device."""
     _require_world()
-    torch.distributed.all_reduce(tensor)
+    with collective(what):
+        torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def gather_object(value: Any) -> list[Any]:
+def gather_object(value: Any, what: str = "gather") -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. For small plain data (counts, names, times)."""
     _require_world()
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    with collective(what):
+        torch.distributed.all_gather_object(values, value)
     return values
 
 
-def broadcast_object(value: Any, src: int = 0) -> Any:
+def broadcast_object(value: Any, src: int = 0, what: str = "broadcast") -> Any:
     """The `value` of rank `src`, on every rank. For small plain data."""
     _require_world()
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=src)
+    with collective(what):
+        torch.distributed.broadcast_object_list(box, src=src)
     return box[0]
 
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from m2mkd_ds.checkpoint.layout import FlatGroup, PartedGroup
 from m2mkd_ds.distributed.groups import ExpertGroups
-from m2mkd_ds.distributed.layout import FlatGroup, PartedGroup
+from m2mkd_ds.distributed.layout import gather
 from m2mkd_ds.distributed.world import World
 
 
@@ -46,8 +47,8 @@ class PartitionedOptimizer:
         self.layouts: list[FlatGroup] = []
         for names, group, spread in zip(named_groups, optimizer.param_groups, experts, strict=True):
             shapes = tuple(self._parameters[name].shape for name in names)
-            rank, size = (world.rank, world.size) if spread is None else (spread.data_rank, spread.data_size)
-            self.layouts.append(FlatGroup(names, shapes, group["params"][0].numel(), rank, size, spread))
+            place = (world.rank, world.size) if spread is None else (spread.data_rank, spread.data_size, spread.rank, spread.size)
+            self.layouts.append(FlatGroup(names, shapes, group["params"][0].numel(), *place))
 
     def masters(self) -> list[Tensor]:
         """ZeRO leaves exactly one flat parameter in each group of the optimizer."""
@@ -56,7 +57,7 @@ class PartitionedOptimizer:
     def publish(self) -> None:
         """Gather every row and copy it into the parameters."""
         for layout, master_P in zip(self.layouts, self.masters(), strict=True):
-            for name, value in layout.split(layout.gather(master_P)).items():
+            for name, value in layout.split(gather(layout, master_P)).items():
                 self._parameters[name].data.copy_(value)
 
 

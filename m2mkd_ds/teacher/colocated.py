@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from m2mkd_ds.data.loader import ImageBatch, TrainLoader
+from m2mkd_ds.data.shard_files import IoCounts, LocalFiles
 from m2mkd_ds.distill.hybrid import FrozenMeta, freeze, teacher_logits
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
@@ -35,6 +36,7 @@ class ColocatedFeed:
         self._meta = meta
         self._teachers = {i: freeze(module) for i, module in teacher_modules.items()}
         self._device, self._dtype = device, dtype
+        self._told = IoCounts()
 
     def batch(self, request: BatchRequest) -> TeacherBatch:
         """The next batch of the stream; raises RuntimeError when it is not the one that the trainer's plan names."""
@@ -63,8 +65,12 @@ class ColocatedFeed:
         )
 
     def metrics(self) -> dict[str, float]:
-        """None of its own."""
-        return {}
+        """Where shards lie elsewhere: reads that found them in the cache, shards fetched, and bytes that came."""
+        if isinstance(self._loader.index.files, LocalFiles):
+            return {}
+        counts = self._loader.io_counts()
+        new, self._told = counts.plus(self._told, -1), counts
+        return {"data/cache_hits": float(new.hits), "data/cache_misses": float(new.misses), "data/cache_bytes": float(new.bytes_fetched)}
 
     def close(self) -> None:
         """Stop the loader's workers."""

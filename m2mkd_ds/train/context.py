@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from m2mkd_ds.distill.pairs import TeachingPair, stage_spans, teaching_pairs
 from m2mkd_ds.distributed.world import World, resolve_precision
 from m2mkd_ds.models.vit import VitArch, load_stage, stage_names, width
 from m2mkd_ds.models.vmoe import VMoEArch, arch_from_config
+from m2mkd_ds.train.stopping import StopFlag
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class RunContext:
     """Width of teacher and meta model: the width that stitch layers translate to and from."""
     images: bool = True
     """Whether the shards themselves are here; else the index alone is, and a teacher server has the images."""
+    stop: StopFlag = field(default_factory=StopFlag)
+    """Set when this process is asked to stop."""
 
     @property
     def data_fingerprints(self) -> dict[str, str]:
@@ -55,8 +58,11 @@ class RunContext:
         return module.to(self.world.device, dtype)
 
 
-def open_run(config: RunConfig, world: World, *, images: bool = True) -> RunContext:
-    """Check data and models against each other and return the context. Raises ConfigError before any compute is spent."""
+def open_run(config: RunConfig, world: World, *, images: bool = True, stop: StopFlag | None = None) -> RunContext:
+    """Check data and models against each other and return the context; `stop`: one that somebody sets.
+
+    Raises ConfigError before any compute is spent.
+    """
     if not config.run_dir:
         raise ConfigError("run_dir is empty: give the run folder with --run-dir")
     train_index, val_index = check_data(config.data, images=images)
@@ -73,6 +79,7 @@ def open_run(config: RunConfig, world: World, *, images: bool = True) -> RunCont
         pairs=teaching_pairs(config.teacher.depths, config.meta.depths, config.student.depths),
         teacher_width=width(teacher_arch),
         images=images,
+        stop=stop or StopFlag(),
     )
 
 

@@ -14,7 +14,10 @@ from m2mkd_ds.distributed.world import has_fast_bf16
 from m2mkd_ds.moe.backends import BACKENDS
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "transformers", "safetensors", "numpy", "pillow")
-OPTIONAL = {"triton": "own kernels", "tutel": "peer MoE layer", "tensorboard": "tensorboard=true"}
+OPTIONAL = {
+    "triton": "own kernels", "tutel": "peer MoE layer",
+    **{name: f"trackers=[{name}]" for name in ("tensorboard", "wandb", "trackio")},
+}  # fmt: skip
 
 
 def describe_machine() -> str:

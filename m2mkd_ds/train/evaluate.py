@@ -19,6 +19,7 @@ from torch import Tensor
 
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import ImageBatch
+from m2mkd_ds.distributed.activity import section
 from m2mkd_ds.distributed.world import World, all_reduce_sum, gather_object
 from m2mkd_ds.logs import progress
 from m2mkd_ds.moe.routing import RoutingStats
@@ -94,6 +95,10 @@ class ValidationBatches(Protocol):
     def no_images(self) -> Tensor: ...
 
 
+class EvaluationAbandoned(Exception):  # noqa: N818  # no error: some rank was asked to stop
+    """The evaluation was left half-way, by all ranks."""
+
+
 @torch.no_grad()
 def evaluate(
     prepare: Callable[[Tensor], Any],
@@ -105,11 +110,14 @@ def evaluate(
     dtype: torch.dtype,
     what: str = "evaluate",
     in_step: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score]:
     """Score all `models` in one pass over the data.
 
     `prepare(images)` runs once a batch (for example the meta prefix chain); each model gets its result. `in_step`: every rank
-    makes as many forward passes as the one with the most batches. Raises RuntimeError unless exactly the samples 0..num_images-1 were
+    makes as many forward passes as the one with the most batches. `stop`: whether this process was asked to stop; it then leaves out its
+    other batches, and every rank raises EvaluationAbandoned at the end (not with `in_step`: passes are made together or not at all, and
+    the evaluation is finished). Raises RuntimeError unless exactly the samples 0..num_images-1 were
     seen, once each, over all ranks, and all ranks mean the same images and labels by these numbers. A damaged image raises SampleError
     on the rank that meets it, and the end of that process ends the job: nobody catches it, and no collective waits for it in vain.
     """
@@ -117,18 +125,24 @@ def evaluate(
     seen_N = torch.zeros(num_images, dtype=torch.int64)
     checksum = 0
     # Agreed on before the first pass: behind the loop, this collective would meet the passes of ranks that are still in it.
-    missing = max(gather_object(len(loader))) - len(loader) if in_step else 0
-    for batch in progress(loader, total=len(loader), what=what, enabled=world.rank == 0):
-        prepared = prepare(batch.images_BCHW.to(world.device, dtype))
-        labels_B = batch.labels_B.to(world.device)
-        for name, forward in models.items():
-            _add_batch(scores[name], *forward(prepared), labels_B, batch.slot_ids_B)
+    missing = max(gather_object(len(loader), "number of batches")) - len(loader) if in_step else 0
+    left = False
+    for number, batch in enumerate(progress(loader, total=len(loader), what=what, enabled=world.rank == 0)):
+        with section("forward", may_wait=in_step):
+            prepared = prepare(batch.images_BCHW.to(world.device, dtype))
+            labels_B = batch.labels_B.to(world.device)
+            for name, forward in models.items():
+                _add_batch(scores[name], *forward(prepared), labels_B, batch.slot_ids_B)
         seen_N[batch.slot_ids_B] += 1
         checksum += _checksum(loader.index, batch.slot_ids_B.numpy(), batch.labels_B.numpy())
+        if left := not in_step and number + 1 < len(loader) and stop():
+            break
     for _ in range(missing):
         prepared = prepare(loader.no_images().to(world.device, dtype))
         for forward in models.values():
             forward(prepared)
+    if int(all_reduce_sum(torch.tensor(int(left), device=world.device), "agree to leave the evaluation")):
+        raise EvaluationAbandoned
     seen_N = _total(seen_N, world)
     if not bool((seen_N == 1).all()):
         wrong = (seen_N != 1).nonzero().flatten()[:5].tolist()
@@ -154,7 +168,7 @@ def _mixed(words_B: np.ndarray) -> np.ndarray:
 def _same_images(checksum: int, index: ShardIndex) -> None:
     """What all ranks have seen, against what the index of each of them says. `ShardIndex.read` has checked the bytes by their crc32."""
     expected = _checksum(index, np.arange(index.num_samples), index.labels_N)
-    parts = gather_object((checksum, expected))
+    parts = gather_object((checksum, expected), "checksum of images")
     total = sum(part for part, _ in parts) % 2**64
     wrong = [rank for rank, (_, theirs) in enumerate(parts) if theirs != total]
     if wrong:
@@ -182,7 +196,7 @@ def _add_batch(score: Score, logits_BV: Tensor, stats: Mapping[int, RoutingStats
 
 def _total(tensor: Tensor, world: World) -> Tensor:
     """Sum over ranks, by way of the rank's device (NCCL knows no CPU tensors)."""
-    return all_reduce_sum(tensor.to(world.device)).cpu()
+    return all_reduce_sum(tensor.to(world.device), "sum of scores").cpu()
 
 
 def _reduce(score: Score, world: World) -> Score:

@@ -26,11 +26,12 @@ from m2mkd_ds.models.meta import run_stages
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, count_parameters
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
-from m2mkd_ds.train.evaluate import Output, Score, paired_interval
+from m2mkd_ds.train.evaluate import EvaluationAbandoned, Output, Score, paired_interval
 from m2mkd_ds.train.nodes import Node, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 from m2mkd_ds.train.phases.jobs import run_evaluation, scored
 from m2mkd_ds.train.steps import unpack
+from m2mkd_ds.train.stopping import StopRequested
 
 Hidden = dict[int, Tensor]
 """h_i by pair; h_0 is the image."""
@@ -55,11 +56,14 @@ def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
 
 
 def score_run(ctx: RunContext) -> tuple[dict[str, Score], dict[str, Any]]:
-    """Scores of all models by name, and the content of results.json; writes nothing."""
+    """Scores of all models by name, and the content of results.json; writes nothing. Raises StopRequested when it is to stop."""
     _check_equal_steps(ctx)
     models, sizes = build_models(ctx)
     meta = load_meta(ctx, set(range(len(ctx.pairs))), torch.float32)
-    scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
+    try:
+        scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
+    except EvaluationAbandoned:
+        raise StopRequested("evaluate", 0, ctx.stop.why or "asked of another rank") from None
     return scores, summarise_scores(scores, sizes, seed=ctx.config.seed, world_size=ctx.world.size)
 
 

@@ -12,8 +12,8 @@ from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distill.assemble import assemble_student, split_exact
 from m2mkd_ds.models.vit import adapt_weights, pretrained_weights, stage_names
 from m2mkd_ds.train.context import RunContext
+from m2mkd_ds.train.lineage import lineage
 from m2mkd_ds.train.nodes import find_node, fingerprint, teacher_file, withdraw_done, write_done
-from m2mkd_ds.train.phases.finish import lineage
 
 
 def split(ctx: RunContext) -> None:

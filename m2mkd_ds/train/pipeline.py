@@ -14,10 +14,15 @@ from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import format_seconds, logger
 from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
+from m2mkd_ds.train.hostfile import with_meeting_point
 from m2mkd_ds.train.launch import LaunchError, launch_command, run_launched, spell
 from m2mkd_ds.train.nodes import Node, NodeState, build_dag, node_state, reads_teacher_file, teacher_file
+from m2mkd_ds.train.outcome import JobRecords
 from m2mkd_ds.train.preflight import as_launched, check_settings
 from m2mkd_ds.train.run_phase import RUNNABLE
+
+PATIENCE_S = 1800.0
+"""With watch.save_s=0: how long a job may save that was asked to stop."""
 
 LocalRunner = Callable[[RunContext], None]
 
@@ -111,7 +116,8 @@ def describe_plan(ctx: RunContext, planned: list[Planned]) -> str:
     for nodes in group([item.node for item in planned if item.action == "run"], one_job=ctx.config.launch.one_job):
         if any(node.launched for node in nodes):
             names = [node.name for node in nodes]
-            commands.append(spell(launch_command(ctx.config.launch, train_verb(names, config_file))))
+            launch = with_meeting_point(ctx.config.launch, str(ctx.root.resolve()))
+            commands.append(spell(launch_command(launch, train_verb(names, config_file))))
         else:
             commands.append(f"(in this process) {nodes[0].name}")
     return "\n".join([*lines, *(["", "commands:", *commands] if commands else [])])
@@ -121,7 +127,7 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
     """Bring the run up to date and return what was (or would be) done.
 
     `runners` brings the nodes of other rooms (export, report) by name. Raises ConfigError before any compute is spent,
-    LaunchError when a node fails or leaves no result.
+    LaunchError when a node fails or leaves no result, StopRequested when the running job was asked to stop and has saved.
     """
     ctx = open_run(config, World(0, 1, 0, 1, torch.device("cpu")))
     planned = plan_run(ctx, until=until, only=only)
@@ -143,7 +149,9 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
         names, started = [node.name for node in nodes], time.monotonic()
         logger.info("== %s ==", ", ".join(names))
         if any(node.launched for node in nodes):
-            run_launched(config.launch, train_verb(names, config_file))
+            records = JobRecords(ctx.root, names, config.watch.heartbeat_s)
+            patience_s = config.watch.save_s or PATIENCE_S
+            run_launched(config.launch, train_verb(names, config_file), records, config_file.parent, patience_s=patience_s)
         else:
             local[names[0]](ctx)
         for node in nodes:

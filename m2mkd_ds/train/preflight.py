@@ -15,6 +15,7 @@ from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.groups import check_expert_parallel
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.moe.backends import get_backend
+from m2mkd_ds.trackers.trackers import check_trackers
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.feeds import check_feed
 from m2mkd_ds.train.phases.end_to_end import baseline_phase
@@ -29,6 +30,8 @@ def check_settings(ctx: RunContext, names: Sequence[str], *, ranks_known: bool =
     """
     if any(name in PHASES for name in names):
         _check_augmentation(ctx)
+        if ctx.world.is_main:  # no other rank has trackers
+            check_trackers(ctx.config.trackers)
     for name in names:
         if name in PHASES:
             phase = baseline_phase(ctx) if name == "baseline" else getattr(ctx.config, name)

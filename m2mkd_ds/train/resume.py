@@ -1,8 +1,7 @@
-"""Checkpoints of a trainee: what its record says, and whether it may be gone on from.
+"""Whether a checkpoint may be gone on from, and going on from it. What its record says is made in `saving.py`.
 
-    record = {step, fingerprint (of the node), global_batch_size, stream (data.plan.StreamState at step * global_batch_size)}
-
-Only finished optimizer steps count, so images that workers had read ahead, or that were used in an unfinished step, come again.
+Must agree: the node's fingerprint (else the checkpoint is set aside), the data stream, the global batch, the schedule and the rule of the
+randomness. Only finished optimizer steps count, so images that workers had read ahead, or that were used in an unfinished step, come again.
 The number of ranks, micro-batch size, accumulation and ZeRO stage are free; the global batch is not, because a step means its images.
 """
 
@@ -14,34 +13,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
+from m2mkd_ds.checkpoint.store import StoreError, latest_checkpoint
 from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distributed.world import World, barrier, broadcast_object
 from m2mkd_ds.logs import logger
 from m2mkd_ds.train.job import Job, Trainee
-from m2mkd_ds.train.nodes import read_done
-
-
-def save(trainee: Trainee, job: Job) -> None:
-    """Commit a checkpoint of the finished step. Collective."""
-    record = {
-        "step": trainee.step,
-        "fingerprint": trainee.fingerprint,
-        "global_batch_size": job.global_batch_size,
-        "stream": replace(job.stream, position=trainee.step * job.global_batch_size).to_dict(),
-    }
-    root = trainee.folder / "checkpoints"
-    commit_checkpoint(root, trainee.step, trainee.engine.save, record, is_main=job.world.is_main, barrier=barrier)
+from m2mkd_ds.train.nodes import read_done, versions
+from m2mkd_ds.train.saving import rng_of, schedule_of
 
 
 def resume(trainee: Trainee, job: Job) -> None:
     """Go on from the newest checkpoint that verifies and belongs to this very node; without one, stay at step 0. Collective.
 
     Checkpoints of another configuration are set aside. Raises ConfigError, on every rank, for those of a phase that was stopped midway
-    on another data stream, or with another global batch.
+    on another data stream, or with another global batch; StoreError when all checkpoints are broken.
     """
     # Verifying reads every byte: once, on rank 0, and not by every rank.
-    found = broadcast_object(_find(trainee.folder) if job.world.is_main else None)
+    found, problem = broadcast_object(_find(trainee.folder) if job.world.is_main else (None, ""))
+    if problem:
+        raise StoreError(problem)
     if found is None:
         return
     folder, record, finished = found
@@ -55,18 +45,27 @@ def resume(trainee: Trainee, job: Job) -> None:
         return
     if record["global_batch_size"] != job.global_batch_size:
         raise ConfigError(_other_batch(folder, record["global_batch_size"], job))
+    _check_rules(folder, record, trainee, job)
     trainee.engine.load(folder)
     trainee.step = int(record["step"])
     logger.info("%s: resumed from step %d", trainee.name, trainee.step)
+    if job.world.is_main:
+        _tell_versions(trainee.name, record)
 
 
-def _find(folder: Path) -> tuple[Path, dict[str, Any], bool] | None:
-    """The newest good checkpoint, its record, and whether the phase that made it was finished: then nothing is lost by another one."""
-    found = latest_checkpoint(folder / "checkpoints")
+def _find(folder: Path) -> tuple[tuple[Path, dict[str, Any], bool] | None, str]:
+    """The newest good checkpoint, its record, and whether the phase that made it was finished: then nothing is lost by another one.
+
+    And why there is none, if all are broken.
+    """
+    try:
+        found = latest_checkpoint(folder / "checkpoints")
+    except StoreError as err:
+        return None, str(err)
     if found is None:
-        return None
+        return None, ""
     done = read_done(folder)
-    return *found, done is not None and done["fingerprint"] == found[1]["fingerprint"]
+    return (*found, done is not None and done["fingerprint"] == found[1]["fingerprint"]), ""
 
 
 def _check_stream(folder: Path, record: Mapping[str, Any], job: Job) -> None:
@@ -76,6 +75,26 @@ def _check_stream(folder: Path, record: Mapping[str, Any], job: Job) -> None:
         ours.check(record.get("stream", {}), str(folder))
     except ValueError as err:
         raise ConfigError(str(err)) from None
+
+
+def _check_rules(folder: Path, record: Mapping[str, Any], trainee: Trainee, job: Job) -> None:
+    """The same settings could mean other learning rates or other randomness in another version of this package."""
+    for part, ours in (("schedule", schedule_of(job)), ("rng", rng_of(trainee, job))):
+        saved = record.get(part, {})
+        for key, value in ours.items():
+            if saved.get(key) != value:
+                raise ConfigError(
+                    f"{folder}: its {part} has {key} {saved.get(key)}, this run has {value}; go on with the version of this package that "
+                    f"made it ({record.get('commit', 'unknown')}), or delete {folder.parent} to start the phase again"
+                )
+
+
+def _tell_versions(name: str, record: Mapping[str, Any]) -> None:
+    """Other versions may go on; what they compute may differ in the last bits, and somebody may wonder why."""
+    saved, ours = record.get("versions", {}), versions()
+    changed = [f"{package} {saved.get(package)} -> {ours[package]}" for package in ours if saved.get(package) != ours[package]]
+    if changed:
+        logger.warning("%s: its checkpoint was made with other versions (%s)", name, ", ".join(changed))
 
 
 def _other_batch(folder: Path, batch: int, job: Job) -> str:

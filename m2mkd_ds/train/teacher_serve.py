@@ -1,4 +1,4 @@
-"""A teacher server's process: load, check, listen, serve until told to stop, drain, leave.
+"""A teacher server's process: listen, load, check, serve until told to stop, drain, leave.
 
 First SIGTERM or Ctrl-C: no new answers, running ones end within the grace time, exit code 0. The second: at once, exit code 1.
 """
@@ -23,6 +23,7 @@ from m2mkd_ds.distill.pairs import parse_pairs
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.protocol.wire import Limits
+from m2mkd_ds.teacher.server.coming import ComingService, Service
 from m2mkd_ds.teacher.server.metrics_page import MetricsPage
 from m2mkd_ds.teacher.server.options import ServerOptions
 from m2mkd_ds.teacher.server.produce import Producer
@@ -57,14 +58,18 @@ def serve(config: RunConfig, options: ServerOptions, pairs: str = "all") -> None
     options.check()
     stop = _Stop()
     with ExitStack() as stack:
-        # Before the models are loaded, which takes minutes: whether the port can be had, and a page that says `not ready` meanwhile.
-        page = stack.enter_context(closing(open_page(options.metrics))) if options.metrics else None
-        ctx = open_teacher(config)
-        service = stack.enter_context(closing(make_service(ctx, options, pairs)))
-        transports = [make_transport(service, address, options) for address in options.addresses]
+        # Before the models are loaded, which takes minutes: whether the addresses can be had; trainers that come meanwhile are asked to
+        # wait, and the page says `not ready`.
+        coming = ComingService(service_options(options))
+        transports = [make_transport(coming, address, options) for address in options.addresses]
         for transport in transports:
             start_transport(transport)
             stack.callback(transport.stop, 0.0)
+        page = stack.enter_context(closing(open_page(options.metrics))) if options.metrics else None
+        logger.info("teacher server: listening at %s; loading", ", ".join(transport.endpoint for transport in transports))
+        ctx = open_teacher(config)
+        service = stack.enter_context(closing(make_service(ctx, options, pairs)))
+        coming.open(service)
         facts = {"instance": service.instance, **{f"version_{k}": v for k, v in versions().items()}}
         if page is not None:
             page.attach(service.counters, service.status, facts)
@@ -113,16 +118,20 @@ def make_service(ctx: RunContext, options: ServerOptions, pairs: str = "all") ->
     phase = getattr(ctx.config, SERVED_PHASE)
     chosen = tuple(ctx.pairs[i] for i in parse_pairs(pairs, len(ctx.pairs)))
     parts = teacher_parts(ctx, phase, chosen)
+    producer = Producer(parts, cache_bytes=int(options.cache_gb * 1e9))
+    return TeacherService(producer, run_fingerprints(ctx, phase, chosen), service_options(options))
+
+
+def service_options(options: ServerOptions) -> ServiceOptions:
+    """The operator's bounds, as a service takes them."""
     limits = Limits(
         max_count=options.max_images, max_answer_bytes=int(options.max_gb * 1e9), max_in_flight=options.max_in_flight,
         heartbeat_s=options.heartbeat_s,
     )  # fmt: skip
-    service_options = ServiceOptions(limits=limits, max_bytes=int(options.max_gb * 1e9), endpoints=options.others)
-    producer = Producer(parts, cache_bytes=int(options.cache_gb * 1e9))
-    return TeacherService(producer, run_fingerprints(ctx, phase, chosen), service_options)
+    return ServiceOptions(limits=limits, max_bytes=int(options.max_gb * 1e9), endpoints=options.others)
 
 
-def make_transport(service: TeacherService, address: str, options: ServerOptions) -> Transport:
+def make_transport(service: Service, address: str, options: ServerOptions) -> Transport:
     """A transport by its address. Raises ConfigError for security that does not fit."""
     if address.startswith("unix:"):
         from m2mkd_ds.teacher.shm.server import ShmTransport

@@ -20,7 +20,10 @@ from m2mkd_ds.recipes import RECIPES, get_recipe
 from tests.checkpoint.legacy_models import DEPTHS, LegacyModel, saved, student
 from tests.cli.ended import Ended, Run
 
-VERBS = ("recipes", "shards", "train", "pipeline", "eval", "export", "report", "import", "few-shot", "bench", "doctor")
+VERBS = (
+    "recipes", "shards", "train", "pipeline", "eval", "export", "report", "import", "reshard", "consolidate", "inspect", "few-shot",
+    "bench", "doctor",
+)  # fmt: skip
 
 
 @pytest.fixture

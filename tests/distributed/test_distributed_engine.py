@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
+from m2mkd_ds.distributed.expert_parallel import ParallelExperts
+from m2mkd_ds.distributed.groups import ExpertGroups
+from m2mkd_ds.moe.experts import Experts
 from m2mkd_ds.train.optim import build_adamw
 from tests.distributed import engine_job as job
 from tests.launching import launch
@@ -197,11 +201,17 @@ def test_load_refuses_files_of_another_model(first: dict[str, Any], world: jobs.
     before = engine.full_state_dict()
     with pytest.raises(ValueError, match="ema_decay is 0.0, but the checkpoint has an average"):
         engine.load(out / "zero1_fp32")
-    with pytest.raises(ValueError, match="engine_rank_00000.pt: this file of the checkpoint is missing"):
+    with pytest.raises(ValueError, match="engine_rank_00000.safetensors: this file of the checkpoint is missing"):
         engine.load(tmp_path)
     other = one_engine(world, nn.Linear(2, 3))
     with pytest.raises(ValueError, match="only in the checkpoint: .*fc1.weight.* only in the module: .*'weight'"):
         other.load(out / "zero1_fp32")
+    wide = one_engine(world, nn.Linear(4, 3))
+    (tmp_path / "narrow").mkdir()
+    other.save(tmp_path / "narrow")
+    with pytest.raises(ValueError, match=r"weight is \(3, 2\) in the checkpoint and \(3, 4\) in the module"):
+        wide.load(tmp_path / "narrow")
+    wide.close()
     assert worst(engine.full_state_dict(), before) == 0.0
     with pytest.raises(ValueError, match="keeps no moving average"):
         engine.full_state_dict(ema=True)
@@ -215,6 +225,27 @@ def one_engine(world: jobs.World, net: nn.Module, params: list[Any] | None = Non
     return DeepSpeedEngine(net, optimizer, resolve_ds_config("zero1", phase, world_size=world.size, precision="fp32"), world)
 
 
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(world: jobs.World, tmp_path: Path) -> None:
+    engine = one_engine(world, nn.Linear(2, 3))
+
+    def step() -> None:
+        engine.backward(engine(torch.ones(4, 2)).square().sum())
+        engine.step(0.1)
+
+    step()
+    taken, before = engine.snapshot(), engine.full_state_dict()
+    step()
+    after = engine.full_state_dict()
+    assert worst(after, before) > 1e-2
+    files = taken.write(tmp_path)
+    assert {name: path.stat().st_size for name in files for path in [tmp_path / name]} == {name: file.bytes for name, file in files.items()}
+    engine.load(tmp_path)
+    assert worst(engine.full_state_dict(), before) == 0.0
+    step()
+    assert worst(engine.full_state_dict(), after) == 0.0  # moments and step came back, too
+    engine.close()
+
+
 def test_the_optimizer_must_hold_every_trainable_parameter_once(world: jobs.World) -> None:
     net = nn.Linear(2, 3)
     with pytest.raises(ValueError, match=r"missing \['bias'\]"):
@@ -223,6 +254,13 @@ def test_the_optimizer_must_hold_every_trainable_parameter_once(world: jobs.Worl
         one_engine(world, net, [net.weight, net.bias, nn.Linear(2, 1, bias=False).weight])
     with pytest.raises(ValueError, match="needs fp32 parameters .* weight is torch.bfloat16"):
         one_engine(world, nn.Linear(2, 3).bfloat16())
+
+
+def test_frozen_experts_are_not_spread(world: jobs.World) -> None:
+    experts = Experts(4, 6, 4, "reference", generator=torch.Generator().manual_seed(0)).requires_grad_(False)
+    net = nn.ModuleDict({"experts": ParallelExperts(experts, ExpertGroups(2, 0, 1, 0), world.device), "head": nn.Linear(4, 2)})
+    with pytest.raises(ValueError, match=r"experts.\w+ is frozen and spread over ranks, which no rank could save; set ep_size to 1"):
+        one_engine(world, net, list(net["head"].parameters()))
 
 
 def test_a_frozen_suffix_lets_gradients_through(world: jobs.World) -> None:
@@ -241,7 +279,11 @@ def test_a_frozen_suffix_lets_gradients_through(world: jobs.World) -> None:
 
 
 def test_a_checkpoint_holds_plain_tensors_only(first: dict[str, Any], out: Path) -> None:
-    record = torch.load(out / "zero2_bf16" / "engine_rank_00001.pt", weights_only=True)
-    kinds = {kind for group in record["groups"] for kind in group["tensors"]}
-    assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
-    assert json.dumps([group["names"] for group in record["groups"]])
+    with safe_open(out / "zero2_bf16" / "engine_rank_00001.safetensors", framework="pt") as file:
+        kinds = {name.split(".")[1] for name in file.keys()}
+        head = json.loads(file.metadata()["m2mkd_ds"])
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}  # what is the same on all ranks is in the file of rank 0
+    assert (head["format"], head["rank"], head["size"], head["zero_stage"]) == (3, 1, 2, 2)
+    with safe_open(out / "zero2_bf16" / "engine_rank_00000.safetensors", framework="pt") as file:
+        assert set(file.keys()) >= {"scalar.step", "shared.frozen", "shared.calls"}
+        assert float(file.get_tensor("scalar.step")) >= 3.0

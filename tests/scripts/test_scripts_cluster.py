@@ -30,9 +30,9 @@ case "${0##*/} $1" in
         env | grep -E '^(PDSH_SSH_ARGS_APPEND|DS_ENV_FILE|PYTHONPATH)=' >> "$LOG.env"
         for node in $(echo "${!#}" | tr , ' '); do finish "$node"; done ;;
     srun*)
-        while [[ $1 == --* ]]; do shift; done
-        for name in $NODES; do SLURMD_NODENAME=$name "$@" || exit; done ;;
-    scontrol*) [ "$1 $2 $3" = "show hostnames $SLURM_JOB_NODELIST" ] && printf '%s\\n' $HOSTS ;;
+        echo "srun $*" >> "$LOG"
+        for node in $(echo "${!#}" | tr , ' '); do [ "$node" != "$STOPPED" ] || exit 75; finish "$node"; done ;;
+    scontrol*) echo "scontrol $*" >> "$LOG" ;;
 esac
 """
 
@@ -182,41 +182,61 @@ def test_what_the_launcher_would_take_wrongly_is_refused(cluster: Cluster, hosts
     assert cluster.calls() == []
 
 
-SLURM = {"SLURM_JOB_ID": "40017", "SLURM_JOB_NODELIST": "n[2,1]", "HOSTS": "n2 n1", "NODES": "n1 n2", "SLURM_GPUS_ON_NODE": "8"}
+SLURM = {"SLURM_JOB_ID": "40017", "SLURM_JOB_NODELIST": "n[2,1]", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "6"}
 
 
-def test_under_slurm_each_node_gets_its_own_number(cluster: Cluster) -> None:
-    from deepspeed.launcher.runner import fetch_hostfile, parse_args
-
+@pytest.fixture
+def queued(cluster: Cluster) -> Cluster:
+    """The cluster with a run folder that has a config."""
     cluster.run_dir.mkdir()
     (cluster.run_dir / "config.yaml").touch()
-    job = {**SLURM, "SLURM_SUBMIT_DIR": str(cluster.root)}
-    done = cluster.start("slurm.sbatch", str(cluster.run_dir), "pretrain_meta", "m2mkd,assemble", **job)
+    return cluster
+
+
+def test_under_slurm_srun_starts_every_rank(queued: Cluster) -> None:
+    job = {**SLURM, "SLURM_SUBMIT_DIR": str(queued.root)}
+    done = queued.start("slurm.sbatch", str(queued.run_dir), "pretrain_meta", "m2mkd,assemble", **job)
     assert done.returncode == 0, done.stderr
-    starts = [parse_args(shlex.split(call)[1:]) for call in cluster.calls()]
-    # srun starts n1 before n2 here; their numbers are their lines in the hostfile, n2 first.
-    assert [(args.user_args[-1], args.node_rank) for args in starts] == [
-        ("pretrain_meta", 1), ("pretrain_meta", 0), ("m2mkd,assemble", 1), ("m2mkd,assemble", 0),
+    start = f"srun --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=6 {queued.folder}/bin/python -m m2mkd_ds train"
+    assert queued.calls() == [
+        f"{start} --config {queued.run_dir}/config.yaml --phase {phase}" for phase in ("pretrain_meta", "m2mkd,assemble")
     ]  # fmt: skip
-    assert all(args.no_ssh and args.module and args.master_addr == "n2" and args.master_port == 20017 for args in starts)
-    assert dict(fetch_hostfile(starts[0].hostfile)) == {"n2": 8, "n1": 8}
 
 
-def test_under_slurm_the_default_is_the_whole_run_and_a_lazy_phase_stops_it(cluster: Cluster) -> None:
-    cluster.run_dir.mkdir()
-    (cluster.run_dir / "config.yaml").touch()
-    one = {**SLURM, "HOSTS": "n1", "NODES": "n1", "SLURM_SUBMIT_DIR": str(cluster.root)}
-    assert cluster.start("slurm.sbatch", str(cluster.run_dir), **one).returncode == 0
-    assert ",".join(node_of(call) for call in cluster.calls()).split(",") == IN_ORDER
-    for file in cluster.run_dir.glob("*/done.json"):
+def test_under_slurm_the_default_is_the_whole_run_and_a_lazy_phase_stops_it(queued: Cluster) -> None:
+    job = {**SLURM, "SLURM_SUBMIT_DIR": str(queued.root)}
+    assert queued.start("slurm.sbatch", str(queued.run_dir), **job).returncode == 0
+    assert ",".join(node_of(call) for call in queued.calls()).split(",") == IN_ORDER
+    for file in queued.run_dir.glob("*/done.json"):
         file.unlink()
-    stopped = cluster.start("slurm.sbatch", str(cluster.run_dir), lazy="split", **one)
+    stopped = queued.start("slurm.sbatch", str(queued.run_dir), lazy="split", **job)
     assert stopped.returncode == 1
     assert "split left no" in stopped.stderr
-    assert node_of(cluster.calls()[-1]) == "assemble_finetune,split"
-    stranger = cluster.start("slurm.sbatch", str(cluster.run_dir), **{**one, "NODES": "n9"})
-    assert stranger.returncode == 2
-    assert "n9 is not in" in stranger.stderr
+    assert node_of(queued.calls()[-1]) == "assemble_finetune,split"
+
+
+def test_under_slurm_a_run_that_was_stopped_on_request_is_queued_again(queued: Cluster) -> None:
+    job = {**SLURM, "SLURM_SUBMIT_DIR": str(queued.root), "STOPPED": "modular_train"}
+    stopped = queued.start("slurm.sbatch", str(queued.run_dir), **job)
+    assert stopped.returncode == 0, stopped.stderr
+    assert [node_of(call) for call in queued.calls()] == ["pretrain_meta", "modular_train", "40017"]
+    assert queued.calls()[-1] == "scontrol requeue 40017"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"SLURM_NTASKS_PER_NODE": ""}, "give sbatch --ntasks-per-node=RANKS"), ({"SLURM_JOB_NODELIST": ""}, "start this file by sbatch")],
+)
+def test_a_slurm_job_without_ranks_is_refused(queued: Cluster, change: dict[str, str], message: str) -> None:
+    done = queued.start("slurm.sbatch", str(queued.run_dir), **{**SLURM, "SLURM_SUBMIT_DIR": str(queued.root), **change})
+    assert (done.returncode, queued.calls()) == (2, [])
+    assert message in done.stderr
+
+
+def test_the_example_of_an_environment_file_is_one(repo_root: Path) -> None:
+    from m2mkd_ds.train.launch_env import read_env_file
+
+    assert read_env_file(repo_root / "scripts/deepspeed_env.example").keys() == {"HF_HOME", "TORCH_EXTENSIONS_DIR", "NCCL_DEBUG"}
 
 
 def test_imagenet_s_folders_are_looked_at_before_anything_is_written(tmp_path: Path, repo_root: Path) -> None:

@@ -99,6 +99,25 @@ def make_service(tiny_config: RunConfig, tiny_index: ShardIndex) -> Iterator[Cal
 
 
 @pytest.fixture(scope="module")
+def shared_producer(tiny_config: RunConfig, tiny_index: ShardIndex) -> Iterator[Producer]:
+    """One for all tests of a file: services are cheap, models and workers are not."""
+    producer = Producer(make_parts(tiny_config, tiny_index))
+    yield producer
+    producer.close()
+
+
+@pytest.fixture
+def sharing_service(shared_producer: Producer, tiny_config: RunConfig, tiny_index: ShardIndex) -> Callable[..., TeacherService]:
+    """sharing_service(limits=...) -> another service of the shared producer."""
+
+    def make(limits: Limits = LIMITS) -> TeacherService:
+        options = ServiceOptions(limits=limits, max_bytes=256 * 2**20)
+        return TeacherService(shared_producer, tiny_fingerprints(tiny_config, tiny_index), options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def setting(tiny_config: RunConfig, tiny_index: ShardIndex) -> Setting:
     """The tiny run with its undisturbed batches (town.py)."""
     from tests.teacher.town import make_setting  # it imports this file

@@ -57,7 +57,7 @@ def make_pki(folder: Path) -> Pki:
 
 def hello_of(service: TeacherService) -> Hello:
     return Hello(
-        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
+        oldest_protocol=2, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
         wire_dtype="fp32", with_teacher=True, fingerprints=dict(service._fingerprints),
     )  # fmt: skip
 

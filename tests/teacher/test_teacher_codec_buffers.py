@@ -113,6 +113,16 @@ def test_number_and_bytes_are_bounded() -> None:
         BufferPool(0, MIB)
 
 
+def test_a_small_answer_does_not_take_a_large_buffer() -> None:
+    pool = BufferPool(8, 64 * MIB)
+    large = receive(pool, 1.0, numbers=2 * MIB)  # 8 MiB
+    where = address(large)
+    large.release()
+    small = receive(pool, 2.0)
+    assert address(small) != where and pool.num_buffers == 2
+    assert address(receive(pool, 3.0, numbers=MIB + MIB // 2)) == where  # of 6 MiB
+
+
 def test_who_waits_gets_the_buffer_that_comes_back() -> None:
     pool = BufferPool(2, 64 * MIB)
     lent = [receive(pool, 1.0), receive(pool, 2.0)]

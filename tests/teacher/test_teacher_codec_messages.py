@@ -11,28 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.plan import BatchLayout
-from m2mkd_ds.teacher.protocol.wire import (
-    MAX_MESSAGE_BYTES,
-    AnswerHead,
-    FeedError,
-    GetBatch,
-    Golden,
-    Hello,
-    Limits,
-    Status,
-    Welcome,
-    negotiate,
-    pack,
-    unpack,
-)
+from m2mkd_ds.teacher.protocol.packing import negotiate, pack, unpack
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, AnswerHead, FeedError, GetBatch, Golden, Hello, Limits, Status, Welcome
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)
 LIMITS = Limits(max_count=64, max_answer_bytes=10**6, max_in_flight=4, heartbeat_s=1.0)
 ASKED: dict[str, Any] = {"pairs": (0, 2), "payload": "hidden", "wire_dtype": "bf16", "with_teacher": True}
 MESSAGES = (
-    Hello(oldest_protocol=1, newest_protocol=1, client="c", rank=1, layout=LAYOUT, fingerprints={"seed": "7"}, **ASKED),
-    Welcome(protocol=1, instance="i", plan="p", fingerprints={"seed": "7"}, limits=LIMITS),
+    Hello(oldest_protocol=2, newest_protocol=2, client="c", rank=1, layout=LAYOUT, fingerprints={"seed": "7"}, **ASKED),
+    Welcome(protocol=2, instance="i", plan="p", fingerprints={"seed": "7"}, limits=LIMITS),
     GetBatch(instance="i", plan="p", client="c", layout=LAYOUT, start=8, attempt=0, **ASKED),
     Golden(instance="i", pairs=(0, 1)),
     Status(instance="i", ready=True, draining=False, in_flight=1, clients=2, endpoints=("h:1",)),
@@ -171,10 +159,10 @@ def test_no_common_protocol_is_refused_and_says_who_is_older(oldest: int, newest
 
 
 def test_a_newer_trainer_is_understood_or_told_about_protocols_not_about_its_fields() -> None:
-    newer = {**tree_of(MESSAGES[0]), "newest_protocol": 2, "compression": "zstd", "topics": {"a": [1]}}
+    newer = {**tree_of(MESSAGES[0]), "newest_protocol": 3, "compression": "zstd", "topics": {"a": [1]}}
     understood = unpack(Hello, json.dumps(newer).encode())
-    assert understood == replace(MESSAGES[0], newest_protocol=2)  # type: ignore[type-var]
-    error = refused(Hello, json.dumps({**newer, "oldest_protocol": 2}).encode())
-    assert error.code == "mismatch" and "protocol: the trainer speaks 2 to 2, the server 1 to 1" in str(error)
+    assert understood == replace(MESSAGES[0], newest_protocol=3)  # type: ignore[type-var]
+    error = refused(Hello, json.dumps({**newer, "oldest_protocol": 3}).encode())
+    assert error.code == "mismatch" and "protocol: the trainer speaks 3 to 3, the server 2 to 2" in str(error)
     # of our own protocol, an unknown field is a mistake
-    assert refused(Hello, json.dumps({**newer, "newest_protocol": 1}).encode()).code == "bad_request"
+    assert refused(Hello, json.dumps({**newer, "newest_protocol": 2}).encode()).code == "bad_request"

@@ -241,7 +241,7 @@ def stalled_stream(transport: FlightTransport, request: GetBatch) -> Any:
     """A client that reads the first part of an answer and then nothing more."""
     from pyarrow import flight
 
-    from m2mkd_ds.teacher.protocol.wire import pack
+    from m2mkd_ds.teacher.protocol.packing import pack
 
     stream = flight.FlightClient(f"grpc://{transport.endpoint}").do_get(flight.Ticket(b"get " + pack(request)))
     stream.read_chunk()

@@ -7,8 +7,10 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +27,8 @@ from m2mkd_ds.teacher.flight.parts import raise_refusal, schema, to_batch
 from m2mkd_ds.teacher.flight.security import ClientSecurity, ServerSecurity
 from m2mkd_ds.teacher.flight.server import FlightTransport
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, Hello, LinkError, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import LIMITS
 from tests.teacher.flight_tools import LAYOUT, TOKEN, Pki, hello_of, make_pki, request_of
@@ -62,7 +65,7 @@ def test_who_shows_the_wrong_things_is_told_which(guarded: FlightTransport, open
     other = make_pki(tmp_path / "other")
     table = [
         (guarded, ClientSecurity(token=TOKEN), "the server speaks TLS: give teacher.tls_ca"),
-        (guarded, ClientSecurity(pki.ca, token=TOKEN), r"broke the connection off.*give teacher\.tls_cert and teacher\.tls_key"),
+        (guarded, ClientSecurity(pki.ca, token=TOKEN), r"asks for a certificate .*: give teacher\.tls_cert and teacher\.tls_key"),
         (guarded, ClientSecurity(pki.ca, *other.issue("trainer"), token=TOKEN), "the server refused this side's certificate"),
         (guarded, ClientSecurity(other.ca, cert, key, token=TOKEN), "the server's certificate is refused: .*certificate"),
         (open_server, ClientSecurity(pki.ca, cert, key), r"does not speak TLS: start it with --tls-cert"),
@@ -71,7 +74,7 @@ def test_who_shows_the_wrong_things_is_told_which(guarded: FlightTransport, open
         start = time.monotonic()
         with pytest.raises(LinkError, match=told) as failed:
             FlightConnection(transport.endpoint, security).status(5.0)
-        assert failed.value.fault == "unreachable" and "\n" not in str(failed.value) and time.monotonic() - start < 4.0
+        assert failed.value.fault == "untrusted" and "\n" not in str(failed.value) and time.monotonic() - start < 4.0
     named = FlightConnection(f"localhost:{guarded.port}", ClientSecurity(pki.ca, cert, key, token=TOKEN))
     assert named.status(5.0).ready
     names = {"wrong": "x" * 20, "none": ""}
@@ -90,9 +93,35 @@ def test_a_certificate_that_expired_or_names_another_host_is_refused(make_servic
         transport = FlightTransport(service, "127.0.0.1:0", ServerSecurity(tls_cert=cert, tls_key=key, client_ca=pki.ca))
         transport.start()
         time.sleep(max(0.0, issued + 4.1 - time.time()) if seconds < 60 else 0.0)
-        with pytest.raises(LinkError, match=f"the server's certificate is refused: .*{told}"):
+        with pytest.raises(LinkError, match=f"the server's certificate is refused: .*{told}") as failed:
             FlightConnection(transport.endpoint, good).status(5.0)
+        assert failed.value.fault == "untrusted"
         transport.stop(0.0)
+
+
+@pytest.mark.parametrize("says", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"], ids=["hangs up", "talks of something else"])
+def test_what_hangs_up_before_it_has_proved_anything_is_no_mistake_of_certificates(pki: Pki, says: bytes) -> None:
+    """As a port does behind which a server starts or stops; but one that talks without TLS will not learn it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    taken, _ = listener.accept()
+                except OSError:
+                    return
+                with taken:
+                    taken.sendall(says)
+                    taken.shutdown(socket.SHUT_WR)
+                    taken.recv(4096)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with pytest.raises(LinkError) as failed:
+            FlightConnection(f"127.0.0.1:{listener.getsockname()[1]}", pki.client()).status(5.0)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5.0)
+    assert failed.value.fault == ("untrusted" if says else "unreachable")
 
 
 def test_after_ten_wrong_tokens_a_host_has_to_wait_unless_it_shows_the_right_one(guarded: FlightTransport, pki: Pki) -> None:
@@ -161,7 +190,7 @@ class Impostor(flight.FlightServerBase):  # type: ignore[misc]
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         limits = {**LIMITS.__dict__, "max_answer_bytes": 8 * MIB}
-        return [pack(Welcome(protocol=1, instance="i", plan="p", fingerprints={}, limits=type(LIMITS)(**limits)))]
+        return [pack(Welcome(protocol=2, instance="i", plan="p", fingerprints={}, limits=type(LIMITS)(**limits)))]
 
     def do_get(self, context: Any, ticket: Any) -> Any:
         def counted() -> Iterator[Any]:
@@ -189,7 +218,7 @@ def whole(frame: codec.Frame, upto: int | None = None) -> Iterator[Any]:
 
 
 HELLO = Hello(
-    oldest_protocol=1, newest_protocol=1, client="test", rank=0, layout=LAYOUT, pairs=(1,), payload="hidden", wire_dtype="fp32",
+    oldest_protocol=2, newest_protocol=2, client="test", rank=0, layout=LAYOUT, pairs=(1,), payload="hidden", wire_dtype="fp32",
     with_teacher=True, fingerprints={},
 )  # fmt: skip
 FLOATS = pa.schema([pa.field("part", pa.float64())])

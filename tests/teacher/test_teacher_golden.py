@@ -49,7 +49,7 @@ class Side:
         service = TeacherService(Producer(server), self.prints, ServiceOptions(limits=LIMITS, max_bytes=2**28))
         link = link_class(service, "here:1")
         hello = Hello(
-            oldest_protocol=1, newest_protocol=1, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
+            oldest_protocol=2, newest_protocol=2, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
             wire_dtype="fp32", with_teacher=True, fingerprints=self.prints,
         )  # fmt: skip
         return link, link.hello(hello, 5.0)

@@ -23,7 +23,8 @@ from m2mkd_ds.teacher.protocol.handshake import (
     version_differences,
     versions,
 )
-from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, Limits, Welcome, pack, unpack
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, Limits, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.conftest import LIMITS, tiny_fingerprints
 
@@ -32,7 +33,7 @@ LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)
 
 def hello(prints: dict[str, str], **changes: Any) -> Hello:
     given: dict[str, Any] = {
-        "oldest_protocol": 1, "newest_protocol": 1, "client": "test", "rank": 1, "layout": LAYOUT, "pairs": (0, 1, 2), "payload": "hidden",
+        "oldest_protocol": 2, "newest_protocol": 2, "client": "test", "rank": 1, "layout": LAYOUT, "pairs": (0, 1, 2), "payload": "hidden",
         "wire_dtype": "fp32", "with_teacher": True, "fingerprints": prints,
     }  # fmt: skip
     return Hello(**{**given, **changes})
@@ -48,7 +49,7 @@ def refusal(trainer: dict[str, str], server: dict[str, str], **changes: Any) -> 
     with pytest.raises(FeedError) as refused:
         check_hello(hello(trainer, **changes), server, LIMITS)
     assert refused.value.code == "mismatch"
-    welcome = Welcome(protocol=1, instance="i", plan="p", fingerprints=server, limits=LIMITS)
+    welcome = Welcome(protocol=2, instance="i", plan="p", fingerprints=server, limits=LIMITS)
     with pytest.raises(FeedError) as ours:
         check_welcome(welcome, trainer, decodes=changes.get("payload") == "logits")
     assert str(ours.value) == str(refused.value)
@@ -162,7 +163,7 @@ def test_every_field_that_differs_is_told_up_to_a_few(prints: dict[str, str]) ->
 def test_versions_matter_to_who_decodes_and_are_told_to_others(prints: dict[str, str]) -> None:
     server = {**prints, "version.pillow": "9.0", "version.m2mkd_ds": "0.0.1"}
     check_hello(hello(prints), server, LIMITS)
-    welcome = Welcome(protocol=1, instance="i", plan="p", fingerprints=server, limits=LIMITS)
+    welcome = Welcome(protocol=2, instance="i", plan="p", fingerprints=server, limits=LIMITS)
     assert check_welcome(welcome, prints, decodes=False) == (
         f"version.m2mkd_ds: the trainer has {prints['version.m2mkd_ds']}, the server has 0.0.1",
         f"version.pillow: the trainer has {prints['version.pillow']}, the server has 9.0",
@@ -199,14 +200,14 @@ def test_a_wish_beyond_the_limits_is_a_bad_request(changes: dict[str, Any], told
 
 def test_protocol_skew_is_refused_readably_by_either_side(prints: dict[str, str], make_service: Callable[..., TeacherService]) -> None:
     link = LocalConnection(make_service())
-    assert link.hello(hello(prints, newest_protocol=9), 5.0).protocol == 1  # a newer trainer that still speaks ours
-    told = "protocol: the trainer speaks 2 to 3, the server 1 to 1; install a newer m2mkd_ds for the server"
+    assert link.hello(hello(prints, newest_protocol=9), 5.0).protocol == 2  # a newer trainer that still speaks ours
+    told = "protocol: the trainer speaks 3 to 4, the server 2 to 2; install a newer m2mkd_ds for the server"
     with pytest.raises(FeedError, match=told) as new:
-        link.hello(hello(prints, oldest_protocol=2, newest_protocol=3), 5.0)
+        link.hello(hello(prints, oldest_protocol=3, newest_protocol=4), 5.0)
     assert new.value.code == "mismatch"
     with pytest.raises(FeedError, match=told):  # however it came in
-        check_hello(hello(prints, oldest_protocol=2, newest_protocol=3), prints, LIMITS)
-    welcome = Welcome(protocol=2, instance="i", plan="p", fingerprints=prints, limits=LIMITS)
+        check_hello(hello(prints, oldest_protocol=3, newest_protocol=4), prints, LIMITS)
+    welcome = Welcome(protocol=3, instance="i", plan="p", fingerprints=prints, limits=LIMITS)
     with pytest.raises(FeedError, match="protocol"):
         check_welcome(welcome, prints, decodes=False)
 
@@ -214,7 +215,7 @@ def test_protocol_skew_is_refused_readably_by_either_side(prints: dict[str, str]
 def test_a_hello_and_a_welcome_fit_into_a_message(tiny_config: RunConfig, tiny_index: ShardIndex, prints: dict[str, str]) -> None:
     crowded = {**prints, **{f"weights.teacher.{i}": "f" * 64 for i in range(256)}, **{f"data.classes.{i}": "x" * 100 for i in range(64)}}
     assert unpack(Hello, pack(hello(crowded))).fingerprints == crowded
-    welcome = Welcome(protocol=1, instance="i", plan="p", fingerprints=crowded, limits=Limits(**vars(LIMITS)))
+    welcome = Welcome(protocol=2, instance="i", plan="p", fingerprints=crowded, limits=Limits(**vars(LIMITS)))
     assert unpack(Welcome, pack(welcome)) == welcome
     assert all(len(value) <= 128 and len(name) <= 256 for name, value in prints.items())
     json.dumps(prints)

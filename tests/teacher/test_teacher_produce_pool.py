@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,11 +20,13 @@ from PIL import Image
 
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.batch import WorkerBatch
-from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.server.decode_pool import DecodeError, DecodeHere, DecodePool, LayoutBatches, Stream, _Worker
+from m2mkd_ds.teacher.server.decode_pool import DecodeHere, DecodePool
+from m2mkd_ds.teacher.server.decode_worker import DecodeError, Worker, _reply
+from m2mkd_ds.teacher.server.layout_batches import LayoutBatches, Stream
 from m2mkd_ds.teacher.server.produce import Producer
 from tests.data.tar_files import image_file
 from tests.teacher.asking import LAYOUT, asked, assert_same, colocated
@@ -158,6 +161,18 @@ def test_a_worker_that_dies_or_freezes_at_work_is_replaced(make_pool: Callable[[
         pool.decode(LAYOUT, 0, 0, 0)
 
 
+def test_a_shard_that_cannot_be_used_leaves_a_worker_as_that(
+    tiny_config: RunConfig, tiny_index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def truncated(self: ShardIndex, sample: int) -> tuple[bytes, int, str]:
+        raise ShardError("shard-000000.tar: has 5 bytes, the index says 6")
+
+    monkeypatch.setattr(ShardIndex, "read", truncated)
+    found, _, _ = _reply(LayoutBatches(stream_of(tiny_config, tiny_index)), (LAYOUT, 0, 0, 0), torch.empty(0, dtype=torch.uint8))
+    sent = pickle.loads(pickle.dumps(found))  # as the pipe does
+    assert isinstance(sent, ShardError) and str(sent) == "shard-000000.tar: has 5 bytes, the index says 6"
+
+
 def test_a_worker_tells_of_damage_as_a_loader_does(tiny_config: RunConfig, tmp_path: Path) -> None:
     """decode=fast; three of 160 images are whole, so that some places find one among the 50 after them, and some do not."""
     samples = [
@@ -212,7 +227,7 @@ def test_a_worker_can_be_killed_while_it_is_forgotten(tiny_config: RunConfig, ti
         def kill(self) -> None:
             killed.append(self)
 
-    class Vanishing(_Worker):
+    class Vanishing(Worker):
         @property
         def _process(self) -> Any:  # type: ignore[override]
             """Gone as soon as somebody has looked."""
@@ -239,7 +254,8 @@ def test_no_worker_outlives_a_server_that_is_killed(tiny_config: RunConfig, tiny
 import time
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.server.decode_pool import DecodePool, Stream
+from m2mkd_ds.teacher.server.decode_pool import DecodePool
+from m2mkd_ds.teacher.server.layout_batches import Stream
 if __name__ == "__main__":
     data = DataConfig(num_classes=10, image_size=16, num_workers=1)
     pool = DecodePool(Stream(ShardIndex.load({tiny_config.data.train!r}), data, 0), pin=False, replaced=lambda: None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +13,17 @@ import pytest
 
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.shard_files import Access
 from m2mkd_ds.data.shards.write import write_shards
-from m2mkd_ds.teacher.server.decode_pool import Stream
+from m2mkd_ds.teacher.colocated import ColocatedFeed
+from m2mkd_ds.teacher.feed import BatchRequest
+from m2mkd_ds.teacher.server.layout_batches import Stream
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.shards_ahead import LEAD_S, ShardsAhead
 from tests.data.faulty_server import FaultyServer
 from tests.data.tar_files import image_file
-from tests.teacher.asking import LAYOUT, asked, assert_same, colocated
+from tests.teacher.asking import ALL, LAYOUT, asked, assert_same, colocated
 from tests.teacher.conftest import make_parts
 
 
@@ -94,3 +99,48 @@ def test_shards_are_fetched_for_who_leads_and_for_who_is_left(server: FaultyServ
     assert len(files.expected) == 3
     ahead.close()
     assert files.expected[-1] == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_trainer_tells_what_its_cache_did_whoever_read(
+    server: FaultyServer, tmp_path: Path, tiny_config: RunConfig, num_workers: int
+) -> None:
+    data = replace(tiny_config.data, num_workers=num_workers)
+    index = ShardIndex.load(server.url, Access(cache_dir=str(tmp_path / "cache"), cache_gb=1.0, look_ahead=3, deadline_s=20))
+    parts = make_parts(tiny_config, index)
+    loader = TrainLoader(
+        index, data, seed=7, micro_batch_size=LAYOUT.micro_batch_size, accumulation=LAYOUT.accumulation, rank=0, world=LAYOUT.world,
+        start_step=0, total_steps=4,
+    )  # fmt: skip
+    feed = ColocatedFeed(loader, parts.pairs, parts.meta, parts.teachers, device=parts.device, dtype=parts.dtype)
+    sums = Counter[str]()
+    try:
+        for number in range(8):
+            step, micro_step = divmod(number, 2)
+            feed.batch(BatchRequest(step, micro_step, LAYOUT.positions(step, micro_step, 0), ALL, True))
+            sums.update(feed.metrics())
+        deadline = time.monotonic() + 10
+        while True:  # shards that are expected may still arrive
+            there = [path.stat().st_size for path in (tmp_path / "cache").glob("shards/*/*.tar")]
+            sums.update(feed.metrics())
+            if sums["data/cache_misses"] == len(there) and not list((tmp_path / "cache").glob("shards/*/*.part")):
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        feed.close()
+    assert sums["data/cache_bytes"] == sum(there) and len(there) > 4
+    # Of 8 * 4 reads, those that fetched their shard themselves are no hits; others may have come ahead.
+    assert 32 - len(there) <= sums["data/cache_hits"] <= 32
+
+
+def test_shards_of_a_folder_have_no_cache_to_tell_of(server: FaultyServer, tmp_path: Path, tiny_config: RunConfig) -> None:
+    index = ShardIndex.load(tmp_path / "there")
+    parts = make_parts(tiny_config, index)
+    loader = TrainLoader(
+        index, tiny_config.data, seed=7, micro_batch_size=4, accumulation=1, rank=0, world=1, start_step=0, total_steps=1
+    )  # fmt: skip
+    feed = ColocatedFeed(loader, parts.pairs, parts.meta, parts.teachers, device=parts.device, dtype=parts.dtype)
+    feed.batch(BatchRequest(0, 0, range(4), ALL, True))
+    assert feed.metrics() == {}
+    feed.close()

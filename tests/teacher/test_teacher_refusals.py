@@ -141,7 +141,7 @@ def test_the_last_server_that_could_serve_the_run_ends_it_by_its_refusal(setting
 
     town.fault = refuse
     feed = open_feed(town, teacher_config("a:1", "b:1", prefetch=1))
-    wait_until(lambda: all(link.is_proven for link in feed._answers._keeper.links.values()))
+    wait_until(lambda: all(link.session for link in feed._answers._keeper.links.values()))
     run = list(zip(requests(), setting.expected(), strict=True))
     for request, batch in run[:4]:
         assert_same(feed.batch(request), batch)

@@ -95,7 +95,7 @@ def test_a_batch_beyond_the_last_is_refused(
     service = service_of(tiny_config, tiny_index, validation)
     layout = BatchLayout(micro_batch_size=50, accumulation=1, world=2)
     hello = Hello(
-        oldest_protocol=1, newest_protocol=1, client="c", rank=0, layout=layout, pairs=(0,), payload="evaluation", wire_dtype="fp32",
+        oldest_protocol=2, newest_protocol=2, client="c", rank=0, layout=layout, pairs=(0,), payload="evaluation", wire_dtype="fp32",
         with_teacher=False, fingerprints=tiny_fingerprints(tiny_config, tiny_index),
     )  # fmt: skip
     welcome = service.hello(hello)

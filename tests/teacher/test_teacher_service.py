@@ -24,7 +24,7 @@ LAYOUT = BatchLayout(micro_batch_size=4, accumulation=2, world=2)
 
 def hello_of(config: RunConfig, index: ShardIndex) -> Hello:
     return Hello(
-        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=1, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
+        oldest_protocol=2, newest_protocol=PROTOCOL_VERSION, client="test", rank=1, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
         wire_dtype="fp32", with_teacher=True, fingerprints=tiny_fingerprints(config, index),
     )  # fmt: skip
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 
 from m2mkd_ds.config import RunConfig
-from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.teacher.protocol.connection import LocalConnection
 from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, Golden, Hello
-from m2mkd_ds.teacher.server.admission import MAX_CLIENTS, Admission
+from m2mkd_ds.teacher.server.admission import MAX_CLIENTS, Admission, Caller
 from m2mkd_ds.teacher.server.counters import Counters
+from m2mkd_ds.teacher.server.decode_worker import DecodeError
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.asking import ALL, LAYOUT, asked, assert_same, colocated, counted_parts, service_of
@@ -133,15 +134,20 @@ def test_a_failed_answer_gives_its_place_back(tiny_config: RunConfig, tiny_index
     for error, told in [
         (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
         (SampleError("shard x, sample 3: augmentation failed", "transform"), "shard x, sample 3: augmentation failed"),
+        (DecodeError("a worker ended"), "a worker ended"),
         (ValueError("of another width"), "ValueError: of another width"),
     ]:
         failure = error
         assert told in str(refused(service, "internal", pairs=(1,)))
+    for broken in (SampleError("shard x, sample 3: cannot be decoded", "undecodable"), ShardError("shard x: is truncated")):
+        failure = broken
+        assert str(broken) == str(refused(service, "data", pairs=(1,)))
+    assert service.status().ready and service.counters()["errors_data"] == 2
     failure = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         service.get(asked(service, pairs=(1,)))
     hook.remove()
-    assert service.counters()["in_flight"] == 0 and service.counters()["errors_internal"] == 3
+    assert service.counters()["in_flight"] == 0 and service.counters()["errors_internal"] == 4
     assert_same(service.get(asked(service)).tensors, colocated(tiny_config, tiny_index, 1)[0])
 
 
@@ -231,6 +237,18 @@ def test_clients_are_counted_up_to_a_bound() -> None:
     assert admission.num_clients == 1
 
 
+def test_who_has_hung_up_is_forgotten_without_being_put_out() -> None:
+    clock, counters, is_there = Clock(), Counters(), {"stays": True, "goes": True}
+    admission = Admission(LIMITS, 1000, counters, clock)
+    for name in is_there:
+        assert admission.heard(name, Caller("10.0.0.7", lambda name=name: is_there[name]))  # type: ignore[misc]
+        assert not admission.heard(name, Caller("10.0.0.7", lambda name=name: is_there[name]))  # type: ignore[misc]
+    is_there["goes"] = False
+    clock.now += 4.1
+    assert admission.num_clients == 0
+    assert (counters.snapshot()["left_clients"], counters.snapshot()["evicted_clients"]) == (1, 1)
+
+
 def test_the_time_to_wait_is_about_that_of_an_answer() -> None:
     clock = Clock()
     admission = Admission(replace(LIMITS, max_in_flight=1), 1000, Counters(), clock)
@@ -274,7 +292,7 @@ def test_drain_refuses_new_requests_and_lets_running_ones_end(tiny_config: RunCo
 
 def hello(config: RunConfig, index: ShardIndex, **changes: object) -> Hello:
     greeting = Hello(
-        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=ALL, payload="hidden",
+        oldest_protocol=2, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=ALL, payload="hidden",
         wire_dtype="fp32", with_teacher=True, fingerprints=tiny_fingerprints(config, index),
     )  # fmt: skip
     return replace(greeting, **changes)  # type: ignore[arg-type]

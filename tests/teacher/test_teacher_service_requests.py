@@ -15,7 +15,8 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.handshake import plan_digest
-from m2mkd_ds.teacher.protocol.wire import FeedError, GetBatch, pack, unpack
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import FeedError, GetBatch
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.service import TeacherService
 from tests.teacher.asking import LAYOUT, asked, service_of

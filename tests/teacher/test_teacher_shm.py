@@ -21,14 +21,14 @@ from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.connection import LocalConnection
-from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, LinkError, pack
-from m2mkd_ds.teacher.server.produce import Producer
-from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, LinkError
+from m2mkd_ds.teacher.server.service import TeacherService
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm.client import ShmConnection
 from m2mkd_ds.teacher.shm.segment import SegmentView
 from m2mkd_ds.teacher.shm.server import ShmTransport
-from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
+from tests.teacher.conftest import tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)
 TWO_AT_A_TIME = Limits(max_count=64, max_answer_bytes=2**20, max_in_flight=2, heartbeat_s=1.0)
@@ -37,26 +37,10 @@ ANSWER_BYTES = 4096 + 2**20
 MakeService = Callable[..., TeacherService]
 
 
-@pytest.fixture(scope="module")
-def producer(tiny_config: RunConfig, tiny_index: ShardIndex) -> Iterator[Producer]:
-    """One for all tests: services are cheap, models and workers are not."""
-    producer = Producer(make_parts(tiny_config, tiny_index))
-    yield producer
-    producer.close()
-
-
-@pytest.fixture
-def make_service(producer: Producer, tiny_config: RunConfig, tiny_index: ShardIndex) -> MakeService:
-    def make(limits: Limits = LIMITS) -> TeacherService:
-        return TeacherService(producer, tiny_fingerprints(tiny_config, tiny_index), ServiceOptions(limits=limits, max_bytes=256 * 2**20))
-
-    return make
-
-
 @pytest.fixture
 def hello(tiny_config: RunConfig, tiny_index: ShardIndex) -> Hello:
     return Hello(
-        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
+        oldest_protocol=2, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
         wire_dtype="fp32", with_teacher=True, fingerprints=tiny_fingerprints(tiny_config, tiny_index),
     )  # fmt: skip
 
@@ -129,9 +113,9 @@ class RawLane:
 
 
 def test_answers_have_the_bytes_of_a_link_without_transport_and_never_change(
-    make_service: MakeService, tmp_path: Path, hello: Hello
+    sharing_service: MakeService, tmp_path: Path, hello: Hello
 ) -> None:
-    service = make_service()
+    service = sharing_service()
     local = LocalConnection(service)
     with serving(service, tmp_path / "t.sock") as transport, linked(transport) as link:
         assert link.hello(hello, 5.0) == local.hello(hello, 5.0) and link.status(5.0) == local.status(5.0)
@@ -142,8 +126,8 @@ def test_answers_have_the_bytes_of_a_link_without_transport_and_never_change(
         assert all(same(answer, local.get(request(service, hello, step), 5.0)) for step, answer in enumerate(held))
 
 
-def test_several_threads_share_a_link_and_later_ones_reuse_memory(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_several_threads_share_a_link_and_later_ones_reuse_memory(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     local = LocalConnection(service)
     wrong: list[int] = []
     with serving(service, tmp_path / "t.sock") as transport, linked(transport) as link:
@@ -170,11 +154,11 @@ def test_several_threads_share_a_link_and_later_ones_reuse_memory(make_service: 
         assert threading.active_count() <= before[1] + 2 and num_fds() <= before[0] + 2 * 5
         settled = num_fds()
         work(0)
-        assert num_fds() == settled and link._buffers.num_free <= 8
+        assert num_fds() == settled and link._pool.num_buffers <= 8
 
 
-def test_nothing_is_left_after_close_and_stop(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_nothing_is_left_after_close_and_stop(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     service.get(request(service, hello, 0))  # opens the shards
     before = (num_fds(), threading.active_count())
     with serving(service, tmp_path / "t.sock") as transport:
@@ -191,8 +175,8 @@ def test_nothing_is_left_after_close_and_stop(make_service: MakeService, tmp_pat
     assert nobody.value.fault == "unreachable"
 
 
-def test_refusals_keep_their_type_and_the_lane(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_refusals_keep_their_type_and_the_lane(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     wanted = request(service, hello, 0)
     with serving(service, tmp_path / "t.sock") as transport, linked(transport) as link:
         with pytest.raises(FeedError, match="say Hello first"):
@@ -217,16 +201,16 @@ def test_all_of_a_refusal_arrives() -> None:
     assert (told.slots, told.endpoints) == ((3, 4), ("unix:/a", "h:1"))
 
 
-def test_a_process_of_another_user_is_refused(make_service: MakeService, tmp_path: Path) -> None:
-    with serving(make_service(), tmp_path / "t.sock", peer_uid=lambda sock: os.geteuid() + 1) as transport, linked(transport) as link:
+def test_a_process_of_another_user_is_refused(sharing_service: MakeService, tmp_path: Path) -> None:
+    with serving(sharing_service(), tmp_path / "t.sock", peer_uid=lambda sock: os.geteuid() + 1) as transport, linked(transport) as link:
         for _ in range(3):
             with pytest.raises(FeedError, match="serves no other") as refused:
                 link.status(5.0)
             assert refused.value.code == "unauthenticated" and transport.num_lanes == 0
 
 
-def test_a_status_tells_who_asks(make_service: MakeService, tmp_path: Path, hello: Hello, monkeypatch: pytest.MonkeyPatch) -> None:
-    service, names = make_service(), []
+def test_a_status_tells_who_asks(sharing_service: MakeService, tmp_path: Path, hello: Hello, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, names = sharing_service(), []
     real = service.status
     monkeypatch.setattr(service, "status", lambda client="": names.append(client) or real(client))
     with serving(service, tmp_path / "t.sock") as transport, linked(transport) as link:
@@ -241,8 +225,8 @@ def test_a_status_tells_who_asks(make_service: MakeService, tmp_path: Path, hell
         assert names == ["", "test"]
 
 
-def test_connections_are_bounded(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_connections_are_bounded(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     with serving(service, tmp_path / "t.sock", max_lanes=2) as transport:
         lanes = [RawLane(transport.path) for _ in range(2)]
         for lane in lanes:
@@ -255,8 +239,8 @@ def test_connections_are_bounded(make_service: MakeService, tmp_path: Path, hell
             assert soon(lambda: transport.num_lanes == 1) and link.status(5.0).ready
 
 
-def test_a_new_client_gets_the_connection_that_was_idle_longest(make_service: MakeService, tmp_path: Path) -> None:
-    with serving(make_service(), tmp_path / "t.sock", max_lanes=2) as transport:
+def test_a_new_client_gets_the_connection_that_was_idle_longest(sharing_service: MakeService, tmp_path: Path) -> None:
+    with serving(sharing_service(), tmp_path / "t.sock", max_lanes=2) as transport:
         lanes = [RawLane(transport.path) for _ in range(2)]
         for lane in reversed(lanes):
             lane.say(frames.STATUS, b"")
@@ -271,8 +255,8 @@ def test_a_new_client_gets_the_connection_that_was_idle_longest(make_service: Ma
             assert heard is not None and heard[0] == frames.STATE
 
 
-def test_a_slow_client_holds_its_own_slots_only_and_for_a_limited_time(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service(limits=TWO_AT_A_TIME)
+def test_a_slow_client_holds_its_own_slots_only_and_for_a_limited_time(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service(limits=TWO_AT_A_TIME)
     with serving(service, tmp_path / "t.sock", max_bytes=4 * ANSWER_BYTES, silence_s=1.0) as transport:
         slow = [RawLane(transport.path) for _ in range(3)]
         (ready, view), _ = (lane.take(request(service, hello, 7, "slow")) for lane in slow[:2])
@@ -290,8 +274,8 @@ def test_a_slow_client_holds_its_own_slots_only_and_for_a_limited_time(make_serv
             assert link.get(request(service, hello, 0), 5.0).head.start == 0  # which opens itself again
 
 
-def test_a_slot_is_not_written_before_its_ack(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_a_slot_is_not_written_before_its_ack(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     with serving(service, tmp_path / "t.sock") as transport:
         for kind, body in ((frames.GET, pack(request(service, hello, 1))), (frames.ACK, frames.pack_ack(2)), (frames.ACK, b"")):
             lane = RawLane(transport.path)
@@ -305,8 +289,8 @@ def test_a_slot_is_not_written_before_its_ack(make_service: MakeService, tmp_pat
         assert soon(lambda: transport.num_bytes == 0)
 
 
-def test_memory_of_idle_lanes_serves_who_asks(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_memory_of_idle_lanes_serves_who_asks(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     with serving(service, tmp_path / "t.sock", max_bytes=ANSWER_BYTES) as transport, linked(transport) as one, linked(transport) as two:
         for link in (one, two, one, two):
             link.hello(hello, 5.0)
@@ -344,8 +328,8 @@ def _framed(kind: int, body: bytes) -> bytes:
 
 
 @pytest.fixture
-def one_server(make_service: MakeService, tmp_path: Path) -> Iterator[ShmTransport]:
-    with serving(make_service(), tmp_path / "t.sock") as transport:
+def one_server(sharing_service: MakeService, tmp_path: Path) -> Iterator[ShmTransport]:
+    with serving(sharing_service(), tmp_path / "t.sock") as transport:
         yield transport
 
 
@@ -356,8 +340,8 @@ def test_an_oversize_length_is_refused_before_it_is_read(one_server: ShmTranspor
     assert heard is not None and "65537 bytes; at most 65536" in str(frames.unpack_error(heard[1])) and lane.hear() is None
 
 
-def test_stop_ends_answers_under_way_with_typed_errors(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_stop_ends_answers_under_way_with_typed_errors(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     ended: list[str] = []
     with serving(service, tmp_path / "t.sock") as transport, linked(transport) as link:
         link.hello(hello, 5.0)
@@ -384,8 +368,8 @@ def test_stop_ends_answers_under_way_with_typed_errors(make_service: MakeService
         assert transport.num_lanes == 0 and transport.num_bytes == 0 and not (tmp_path / "t.sock").exists()
 
 
-def test_stop_does_not_wait_for_a_client_that_takes_nothing(make_service: MakeService, tmp_path: Path, hello: Hello) -> None:
-    service = make_service()
+def test_stop_does_not_wait_for_a_client_that_takes_nothing(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
+    service = sharing_service()
     with serving(service, tmp_path / "t.sock") as transport:
         lane = RawLane(transport.path)
         lane.take(request(service, hello, 0))

@@ -13,27 +13,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m2mkd_ds.data.plan import BatchLayout
+from m2mkd_ds.teacher.protocol.buffers import Arena, BufferPool
 from m2mkd_ds.teacher.protocol.codec import Accept, TensorSpec
-from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch, Hello, Limits, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, GetBatch, Hello, Limits, LinkError, Welcome
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
-from m2mkd_ds.teacher.shm.buffers import ReceiveBuffers
 from m2mkd_ds.teacher.shm.client import ShmConnection
 from m2mkd_ds.teacher.shm.frames import FrameError, Ready
 from m2mkd_ds.teacher.shm.segment import HEADER_BYTES, Segment, places, segment_bytes
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)
 LIMITS = Limits(max_count=4, max_answer_bytes=10_000, max_in_flight=1, heartbeat_s=1.0)
-WELCOME = Welcome(protocol=1, instance="i", plan="p", fingerprints={}, limits=LIMITS)
+WELCOME = Welcome(protocol=2, instance="i", plan="p", fingerprints={}, limits=LIMITS)
 HELLO = Hello(
-    oldest_protocol=1, newest_protocol=1, client="c", rank=0, layout=LAYOUT, pairs=(0,), payload="hidden", wire_dtype="fp32",
+    oldest_protocol=2, newest_protocol=2, client="c", rank=0, layout=LAYOUT, pairs=(0,), payload="hidden", wire_dtype="fp32",
     with_teacher=False, fingerprints={},
 )  # fmt: skip
 GET = GetBatch(
@@ -202,17 +202,17 @@ def test_anything_but_the_whole_answer_is_refused_and_leaves_no_descriptor(
 def test_an_answer_that_nobody_asked_for_gets_no_memory(taken: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[AnswerHead, list[str]]] = []
     lent: list[int] = []
-    lend = ReceiveBuffers.lend
+    take = BufferPool.take
 
-    def counted(self: ReceiveBuffers, num_bytes: int) -> torch.Tensor:
+    def counted(self: BufferPool, num_bytes: int, wait_s: float) -> Arena:
         lent.append(num_bytes)
-        return lend(self, num_bytes)
+        return take(self, num_bytes, wait_s)
 
     def refuse(head: AnswerHead, specs: Sequence[TensorSpec]) -> None:
         seen.append((head, [spec.name for spec in specs]))
         raise LinkError("corrupt", "odd was not asked for")
 
-    monkeypatch.setattr(ReceiveBuffers, "lend", counted)
+    monkeypatch.setattr(BufferPool, "take", counted)
     with pytest.raises(LinkError, match=r"unix:.*sock: odd was not asked for") as refused:
         taken(good, refuse)
     assert refused.value.fault == "corrupt" and seen == [(HEAD, list(TENSORS))] and lent == []
@@ -220,10 +220,10 @@ def test_an_answer_that_nobody_asked_for_gets_no_memory(taken: Callable[..., Ans
 
 
 def test_memory_that_is_not_to_be_had_is_the_fault_of_the_answer(taken: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(self: ReceiveBuffers, num_bytes: int) -> torch.Tensor:
+    def none_left(self: BufferPool, num_bytes: int, wait_s: float) -> Arena:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(ReceiveBuffers, "lend", none_left)
+    monkeypatch.setattr(BufferPool, "take", none_left)
     with pytest.raises(LinkError, match="no room for the 8013 bytes that the head announces .*Cannot allocate memory") as refused:
         taken(good)
     assert refused.value.fault == "corrupt"
@@ -249,24 +249,3 @@ def test_a_client_cannot_write_into_a_segment_nor_anybody_cut_it_short() -> None
 
 def test_places_are_aligned_and_apart() -> None:
     assert places([7, 0, 64, 65]) == ([0, 64, 64, 128], 256)  # 65 takes two lines of 64
-
-
-def test_memory_is_used_again_only_when_no_view_is_left() -> None:
-    buffers = ReceiveBuffers(keep=2)
-    first = buffers.lend(3_000_000)
-    first.fill_(1)
-    view = first[100:200].view(10, 10)[2:]
-    address = first.data_ptr()
-    del first
-    other = buffers.lend(3_000_000)
-    assert other.data_ptr() != address and buffers.num_free == 0
-    array = view.numpy()
-    del view
-    other.fill_(2)
-    assert buffers.num_free == 0 and np.all(array == 1)  # an array over it holds it, too
-    del array
-    assert buffers.num_free == 1 and buffers.lend(2_500_000).data_ptr() == address
-    assert buffers.lend(100).data_ptr() != address  # a small tensor does not take a large piece
-    held = [buffers.lend(3_000_000) for _ in range(5)]
-    del held
-    assert buffers.num_free == 2

@@ -19,7 +19,8 @@ from m2mkd_ds.config import RunConfig, to_dict
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.connection import LocalConnection
-from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello, LinkError, Welcome, pack
+from m2mkd_ds.teacher.protocol.packing import pack
+from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, FeedError, GetBatch, Hello, LinkError, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 from m2mkd_ds.teacher.shm.client import ShmConnection
 from m2mkd_ds.teacher.shm.server import ShmTransport
@@ -77,7 +78,7 @@ def running(script: str, *argv: str) -> Iterator[tuple[subprocess.Popen[str], st
 @pytest.fixture
 def hello(tiny_config: RunConfig, tiny_index: ShardIndex) -> Hello:
     return Hello(
-        oldest_protocol=1, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
+        oldest_protocol=2, newest_protocol=PROTOCOL_VERSION, client="test", rank=0, layout=LAYOUT, pairs=(0, 1, 2), payload="hidden",
         wire_dtype="fp32", with_teacher=True, fingerprints=tiny_fingerprints(tiny_config, tiny_index),
     )  # fmt: skip
 

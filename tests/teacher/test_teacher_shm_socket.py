@@ -6,46 +6,26 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.config import RunConfig
-from m2mkd_ds.data.index import ShardIndex
-from m2mkd_ds.teacher.protocol.wire import Limits, LinkError
-from m2mkd_ds.teacher.server.produce import Producer
-from m2mkd_ds.teacher.server.service import ServiceOptions, TeacherService
+from m2mkd_ds.teacher.protocol.wire import LinkError
+from m2mkd_ds.teacher.server.service import TeacherService
 from m2mkd_ds.teacher.shm import socket as shm_socket
 from m2mkd_ds.teacher.shm.client import ShmConnection
 from m2mkd_ds.teacher.shm.server import ShmTransport
-from tests.teacher.conftest import LIMITS, make_parts, tiny_fingerprints
 
 MakeService = Callable[..., TeacherService]
 
 
-@pytest.fixture(scope="module")
-def producer(tiny_config: RunConfig, tiny_index: ShardIndex) -> Iterator[Producer]:
-    """One for all tests: services are cheap, models and workers are not."""
-    producer = Producer(make_parts(tiny_config, tiny_index))
-    yield producer
-    producer.close()
-
-
-@pytest.fixture
-def make_service(producer: Producer, tiny_config: RunConfig, tiny_index: ShardIndex) -> MakeService:
-    def make(limits: Limits = LIMITS) -> TeacherService:
-        return TeacherService(producer, tiny_fingerprints(tiny_config, tiny_index), ServiceOptions(limits=limits, max_bytes=256 * 2**20))
-
-    return make
-
-
-def test_a_live_servers_path_is_refused_and_a_dead_ones_taken_over(make_service: MakeService, tmp_path: Path) -> None:
+def test_a_live_servers_path_is_refused_and_a_dead_ones_taken_over(sharing_service: MakeService, tmp_path: Path) -> None:
     path = str(tmp_path / "t.sock")
     left = socket.socket(socket.AF_UNIX)
     left.bind(path)
     left.close()  # as kill -9 leaves it: a name, and nobody behind it
-    first, second = ShmTransport(make_service(), path), ShmTransport(make_service(), path)
+    first, second = ShmTransport(sharing_service(), path), ShmTransport(sharing_service(), path)
     first.start()
     try:
         with pytest.raises(ValueError, match=r"t\.sock: a server is running there already"):
@@ -86,19 +66,19 @@ def test_servers_that_start_at_once_over_a_dead_ones_socket_get_it_once(tmp_path
     got[0].accept()[0].close()
 
 
-def test_paths_that_cannot_be_are_refused_with_what_to_do(make_service: MakeService, tmp_path: Path) -> None:
+def test_paths_that_cannot_be_are_refused_with_what_to_do(sharing_service: MakeService, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 108 bytes, a socket's may have 1 to 107; .*for example unix:/tmp/teacher\.sock"):
-        ShmTransport(make_service(), "/" + "x" * 107)
+        ShmTransport(sharing_service(), "/" + "x" * 107)
     with pytest.raises(ValueError, match="has 108 bytes"):
         ShmConnection("unix:/" + "ä" * 53 + "x")  # 1 + 53 * 2 + 1
     with pytest.raises(ValueError, match="has 0 bytes"):
         ShmConnection("unix:")
     with pytest.raises(ValueError, match="its folder does not exist"):
-        ShmTransport(make_service(), tmp_path / "absent" / "t.sock").start()
+        ShmTransport(sharing_service(), tmp_path / "absent" / "t.sock").start()
     file = tmp_path / "notes.txt"
     file.write_text("precious")
     with pytest.raises(ValueError, match="a file that is no socket"):
-        ShmTransport(make_service(), file).start()
+        ShmTransport(sharing_service(), file).start()
     assert file.read_text() == "precious"
 
 
@@ -140,8 +120,8 @@ def test_a_server_that_takes_no_more_connections_ends_by_the_deadline(tmp_path: 
     assert late.value.fault == "deadline" and 0.2 <= time.monotonic() - begun < 1.0
 
 
-def test_a_forked_child_is_refused_and_leaves_the_parents_link_alone(make_service: MakeService, tmp_path: Path) -> None:
-    transport = ShmTransport(make_service(), tmp_path / "t.sock")
+def test_a_forked_child_is_refused_and_leaves_the_parents_link_alone(sharing_service: MakeService, tmp_path: Path) -> None:
+    transport = ShmTransport(sharing_service(), tmp_path / "t.sock")
     transport.start()
     link = ShmConnection(transport.endpoint)
     link.status(5.0)

@@ -5,6 +5,7 @@ python bad_input_job.py OUT SHARDS      writes OUT/results.json
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from m2mkd_ds.checkpoint.commit import commit_checkpoint
+from m2mkd_ds.checkpoint.manifest import FileRecord
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.train.context import open_run
@@ -96,10 +98,11 @@ def foreign_checkpoints(out: Path, shards: Path) -> dict[str, str]:
         own = {"seed": 0, "fingerprint": ctx.train_index.fingerprint, "order": "global", "position": batch, "version": 1}
         record = {"step": 1, "fingerprint": print_, "global_batch_size": batch, "stream": own | stream}
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> dict[str, FileRecord]:
             (folder / "state.pt").write_bytes(b"never read")
+            return {"state.pt": FileRecord(10, hashlib.sha256(b"never read").hexdigest())}
 
-        commit_checkpoint(ctx.root / PHASE / "checkpoints", 1, write, record, is_main=True, barrier=lambda: None)
+        commit_checkpoint(ctx.root / PHASE / "checkpoints", 1, write, record)
         if name == "finished":  # the phase of that seed came to its end
             (ctx.root / PHASE / "done.json").write_text(json.dumps({"fingerprint": print_, "files": {}}))
         seen[name] = attempt(config, PHASE)

@@ -1,6 +1,7 @@
 """What the ranks of test_train_kill_resume.py run: one phase on 46 images of 46 classes, so that a label tells which image was used.
 
-    python kill_resume_job.py OUT first            2 ranks: `straight`, `damaged` twice, then `killed`, which waits for its end in step 7
+    python kill_resume_job.py OUT first            2 ranks: `straight`, `damaged` twice, `unsaved`, then `killed`, which waits for its end
+                                                   in step 7
     python kill_resume_job.py OUT NAME WORDS...    `m2mkd WORDS...`, with the batches of the run NAME logged
 Every batch that a feed takes is a line of OUT/NAME.RANK.jsonl: slots, labels, and a SHA-256 of each image's pixels and target.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 
 from m2mkd_ds import cli
-from m2mkd_ds.config import AugmentConfig, PhaseConfig, RunConfig
+from m2mkd_ds.checkpoint.store import StoreError
+from m2mkd_ds.config import AugmentConfig, CheckpointConfig, PhaseConfig, RunConfig
 from m2mkd_ds.data.loader import ImageBatch, TrainLoader
 from m2mkd_ds.distributed.world import World, barrier, init_world
 from m2mkd_ds.recipes import get_recipe
@@ -38,7 +41,9 @@ KILLED_IN = 7
 """Slots 56 to 63, in the second epoch; the newest checkpoint is that of step 6."""
 
 
-def config_of(out: Path, name: str, *, shards: str = "shards", num_workers: int = 0, max_bad_samples: int = -1) -> RunConfig:
+def config_of(
+    out: Path, name: str, *, shards: str = "shards", num_workers: int = 0, max_bad_samples: int = -1, asynchronous: bool = False
+) -> RunConfig:
     """Everything on that could depend on rank, worker or resume: mixing, erasing, drop-path, clipping, accumulation, average."""
     base = get_recipe("tiny")
     phase = PhaseConfig(
@@ -51,7 +56,8 @@ def config_of(out: Path, name: str, *, shards: str = "shards", num_workers: int 
         base.data, augment=augment, num_classes=IMAGES, num_workers=num_workers, max_bad_samples=max_bad_samples,
         train=str(out / shards / "train"), validation=str(out / "shards" / "validation"),
     )  # fmt: skip
-    return replace(base, run_dir=str(out / name), data=data, pretrain_meta=phase)
+    checkpoint = CheckpointConfig(asynchronous=asynchronous, deadline_s=60.0)
+    return replace(base, run_dir=str(out / name), data=data, pretrain_meta=phase, checkpoint=checkpoint)
 
 
 class LoggedLoader(TrainLoader):
@@ -98,6 +104,21 @@ def run(config: RunConfig, world: World) -> str:
     return ""
 
 
+def unsaved(out: Path, world: World) -> str:
+    """What is raised when rank 1, and nobody else, cannot write its share of the checkpoint of step 3, in its thread."""
+    log_as(out / "unsaved")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))  # its share is larger, all else that it writes is not
+    try:
+        run(config_of(out, "unsaved", asynchronous=True), world)
+    except StoreError as err:
+        return str(err)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ""
+
+
 def first(out: Path) -> None:
     world = init_world()
     log_as(out / "straight")
@@ -106,10 +127,12 @@ def first(out: Path) -> None:
     errors = []
     for cap in (2, 3):
         log_as(out / f"damaged_{cap}")
-        errors.append(run(config_of(out, "damaged", shards="damaged_shards", max_bad_samples=cap), world))
+        config = config_of(out, "damaged", shards="damaged_shards", max_bad_samples=cap)
+        errors.append(run(replace(config, checkpoint=replace(config.checkpoint, after_done="last")), world))
     (out / f"errors_{world.rank}.json").write_text(json.dumps(errors))
+    (out / f"unsaved_{world.rank}.json").write_text(json.dumps(unsaved(out, world)))
     log_as(out / "killed", KILLED_IN)
-    run(config_of(out, "killed", num_workers=1), world)
+    run(config_of(out, "killed", num_workers=1, asynchronous=True), world)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m2mkd_ds.checkpoint.manifest import FileRecord, hash_files
 from m2mkd_ds.config import PhaseConfig
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.plan import StreamState
@@ -49,8 +50,12 @@ class CountingEngine:
         self.steps += 1
         return 1.0
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, reuse: object = None) -> CountingEngine:
+        return self
+
+    def write(self, folder: Path) -> dict[str, FileRecord]:
         (folder / "state").write_text("s")
+        return hash_files(folder)
 
 
 class Feed:
@@ -100,6 +105,27 @@ def test_waiting_and_fallbacks_are_those_of_the_interval(world: World, tmp_path:
     for line, steps in zip(lines, (1, 2, 2), strict=True):
         seconds = 4 * steps / line["images_per_second"]  # of the interval: 4 images a step
         assert line["data/wait_share"] * seconds == pytest.approx(steps * 2 * 0.05, rel=1e-5)
+
+
+class Copy:
+    """A tracker's lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.finished = 0
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.lines.append(dict(record))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_trackers_get_the_lines_of_the_file_and_are_closed(world: World, tmp_path: Path) -> None:
+    job, _ = make_job(world, tmp_path)
+    copy = Copy()
+    loop.train(replace(job, open_trackers=lambda trainee: cast(Any, copy)))
+    assert copy.lines == read_metrics(tmp_path / "metrics.jsonl") and len(copy.lines) == 3 and copy.finished == 1
 
 
 def test_a_lost_batch_stops_the_job_before_the_step_and_after_the_list_is_written(world: World, tmp_path: Path) -> None:

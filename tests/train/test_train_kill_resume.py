@@ -167,6 +167,33 @@ def test_the_record_of_a_checkpoint_is_a_few_numbers(out: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_rank_that_cannot_save_stops_all_ranks_at_one_step_with_its_reason(out: Path) -> None:
+    errors = [json.loads((out / f"unsaved_{rank}.json").read_text()) for rank in (0, 1)]
+    assert "step-00000003: not saved, rank 1 could not write its part" in errors[0] and "File too large" in errors[0]
+    assert "step-00000003: checkpoint not saved" in errors[1] and "File too large" in errors[1]
+    last = [max(line["step"] for line in read_metrics(out / f"unsaved.{rank}.jsonl")) for rank in (0, 1)]
+    # Not before the save, whose step is the index 3; at the next save at the latest, which follows step index 5.
+    assert last[0] == last[1] and last[0] in (3, 4, 5)
+    assert not list((out / "unsaved" / PHASE / "checkpoints").glob("*/manifest.json"))
+
+
+def test_a_finished_phase_keeps_the_checkpoints_that_it_is_told_to(out: Path) -> None:
+    def kept(name: str) -> list[str]:
+        return sorted(path.name for path in (out / name / PHASE / "checkpoints").iterdir())
+
+    last, before = (f"step-{step:08d}" for step in (STEPS, STEPS - CHECKPOINT_STEPS))
+    assert kept("straight") == [before, last] and kept("damaged") == [last]  # after_done is `keep`, and `last`
+
+
+def test_a_checkpoint_names_the_files_of_each_rank_and_where_it_comes_from(out: Path) -> None:
+    manifest = json.loads((out / "killed" / PHASE / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
+    assert manifest["parts"] == {str(rank): [f"engine_rank_{rank:05d}.safetensors"] for rank in (0, 1)}
+    record = manifest["record"]
+    assert record["layout"]["ranks"] == 2 and record["lineage"]["recipe"] == "tiny"
+    assert record["lineage"]["train_data"] == record["stream"]["fingerprint"]
+    assert record["schedule"]["total_steps"] == STEPS
+
+
 @pytest.mark.parametrize(
     ("words", "action"),
     [

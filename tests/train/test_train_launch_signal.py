@@ -1,34 +1,74 @@
-"""A plain `kill` of the pipeline ends what it launched."""
+"""A request to stop that comes to the pipeline reaches what it launched, which may save; the same again kills it."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 SCRIPT = """
 import sys
+from pathlib import Path
 from m2mkd_ds.config import LaunchConfig
 from m2mkd_ds.train import launch
-job = "import os, pathlib, time; pathlib.Path(r'{pid}').write_text(str(os.getpid())); time.sleep(120)"
-launch.launch_command = lambda config, verb: [sys.executable, "-c", job]
-launch.run_launched(LaunchConfig(), ["train"])
+from m2mkd_ds.train.outcome import JobRecords
+from m2mkd_ds.train.stopping import StopRequested
+folder = Path(sys.argv[1])
+job = '''
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").touch())
+(folder / "pid").write_text(str(os.getpid()))
+while not (folder / "asked").exists() or "deaf" in sys.argv:
+    time.sleep(0.05)
+(folder / "saved").touch()
+'''
+launch.launch_command = lambda config, verb: [sys.executable, "-c", job, str(folder), *sys.argv[2:]]
+try:
+    launch.run_launched(LaunchConfig(), ["train"], JobRecords(folder / "run", ["m2mkd"], 0.2), folder)
+except StopRequested as stop:
+    sys.exit(f"{stop}")
 """
 
 
-def test_sigterm_reaches_the_launched_job(tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
-    pipeline = subprocess.Popen([sys.executable, "-c", SCRIPT.format(pid=pid_file)])
+@pytest.fixture
+def pipeline(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    words = getattr(request, "param", [])
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), *words], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        job = int(pid_file.read_text())
-        pipeline.send_signal(signal.SIGTERM)
-        assert pipeline.wait(timeout=60) == 128 + signal.SIGTERM
-        assert not Path(f"/proc/{job}").exists()
+        yield process
     finally:
-        pipeline.kill()
-        if pid_file.exists() and Path(f"/proc/{pid_file.read_text()}").exists():
-            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+        process.kill()
+        if Path(f"/proc/{job_of(tmp_path)}").exists():
+            os.kill(job_of(tmp_path), signal.SIGKILL)
+
+
+def job_of(folder: Path) -> int:
+    return int((folder / "pid").read_text())
+
+
+def test_a_request_reaches_the_launched_job_which_ends_in_its_own_time(pipeline: subprocess.Popen[str], tmp_path: Path) -> None:
+    pipeline.send_signal(signal.SIGTERM)
+    _, said = pipeline.communicate(timeout=60)
+    assert (tmp_path / "saved").exists() and not Path(f"/proc/{job_of(tmp_path)}").exists()
+    assert "stopped on request in m2mkd at step 0 (SIGTERM); the same command goes on" in said
+
+
+@pytest.mark.parametrize("pipeline", [["deaf"]], indirect=True)
+def test_the_same_request_again_kills_the_job(pipeline: subprocess.Popen[str], tmp_path: Path) -> None:
+    pipeline.send_signal(signal.SIGINT)
+    time.sleep(2.5)
+    assert pipeline.poll() is None and (tmp_path / "asked").exists()
+    pipeline.send_signal(signal.SIGINT)
+    assert pipeline.wait(timeout=60) == 128 + signal.SIGINT
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{job_of(tmp_path)}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{job_of(tmp_path)}").exists() and not (tmp_path / "saved").exists()

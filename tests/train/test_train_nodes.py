@@ -78,12 +78,14 @@ def test_a_field_changes_exactly_the_nodes_that_it_matters_to(override: str, exp
     [
         "run_dir=/elsewhere", "data.train=/elsewhere/train", "data.validation=/elsewhere/validation", "data.source=", "data.num_workers=3",
         "m2mkd.log_steps=7", "m2mkd.checkpoint_steps=7", "end_to_end.eval_epochs=1", "launch.num_gpus=7", "launch.one_job=false",
-        "tensorboard=true", "teacher.weights=unused.pth", "teacher.feed=colocated", "m2mkd.micro_batch_size=8",
+        "trackers=[wandb]", "teacher.weights=unused.pth", "teacher.feed=colocated", "m2mkd.micro_batch_size=8",
         "m2mkd.gradient_accumulation_steps=2", "end_to_end.ep_size=2", "pretrain_meta.ds_config=zero2", "data.cache_dir=/elsewhere",
         "data.cache_gb=1", "data.look_ahead=1", "data.io_deadline_s=1", "data.allow_pipe=true", "data.max_bad_samples=7",
         # tiny has order=global, repeats=1 and no mixing
         "data.order_window=4", "data.augment.repeat_mode=deit", "data.augment.mix_group=4", "data.augment.mix_prob=0.5",
         "data.augment.mix_switch_prob=0.1",
+        "checkpoint.asynchronous=true", "checkpoint.deadline_s=1", "checkpoint.keep_last=5", "checkpoint.keep_every=10",
+        "checkpoint.keep_best=1", "checkpoint.after_done=none",
     ],
 )  # fmt: skip
 def test_a_field_that_does_not_change_results_changes_no_node(override: str) -> None:

@@ -10,7 +10,8 @@ from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE, VMoEArch
 from m2mkd_ds.teacher.feed import TeacherBatch
-from m2mkd_ds.train.loop import mean_over_ranks, seed_micro_batch
+from m2mkd_ds.train.loop import mean_over_ranks
+from m2mkd_ds.train.micro_seed import seed_micro_batch
 from m2mkd_ds.train.steps import aligned_step, supervised_step
 
 

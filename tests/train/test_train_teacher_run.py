@@ -69,7 +69,7 @@ def test_trainer_and_server_of_weights_that_differ_in_one_bit_do_not_come_togeth
     record(ctx.root)  # another run's module, rightly recorded there
     server = run_fingerprints(ctx, ctx.config.m2mkd, ctx.pairs)
     hello = Hello(
-        oldest_protocol=1, newest_protocol=1, client="c", rank=0, layout=BatchLayout(micro_batch_size=4, accumulation=1, world=1),
+        oldest_protocol=2, newest_protocol=2, client="c", rank=0, layout=BatchLayout(micro_batch_size=4, accumulation=1, world=1),
         pairs=(0, 1), payload="hidden", wire_dtype="fp32", with_teacher=True, fingerprints=trainer,
     )  # fmt: skip
     limits = Limits(max_count=64, max_answer_bytes=2**20, max_in_flight=2, heartbeat_s=1.0)

@@ -53,8 +53,10 @@ class VMoEConfig(PreTrainedConfig):
     router_balance_rate: float = 0.0
     # Of a benchmark router that is never exported; kept so that the training configuration is complete.
     router_zipf_exponent: float = 1.0
-    # "grouped": torch's grouped matmul. "loop": one expert after the other. "auto": grouped where it can run, else the loop.
-    # In float32 on a CPU all three give the same bits.
+    # "grouped": torch's grouped matmul. "loop": one expert after the other; reads the rows' numbers, which waits for a GPU.
+    # "dense": every expert computes all rows, and the others' are thrown away: no shape depends on the data, for compilers that need
+    # that. "auto": grouped where it can run (compiled in float32 it cannot), else the loop. In float32 on a CPU the first two give the
+    # same bits.
     expert_backend: str = "auto"
     # Kept stitch layers (LayerNorm + Linear): [{"pair", "kind": "pre"|"post", "block", "in_dim", "out_dim"}].
     stitches: list[dict[str, Any]] | None = None

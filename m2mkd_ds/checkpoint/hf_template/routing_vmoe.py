@@ -5,7 +5,6 @@
 Shape letters: T tokens of the whole batch, D width, E experts, K experts a token, N = T*K.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -15,9 +15,9 @@ from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.remote.addresses import holds_secret, is_remote, join, local_path, redact
 from m2mkd_ds.data.remote.cache import CachedShard, ShardCache, Wanted
 from m2mkd_ds.data.remote.http_transport import Refused
-from m2mkd_ds.data.remote.retry import IoCounter, IoCounts, Retrier, Stopped
+from m2mkd_ds.data.remote.retry import IoCounter, Retrier, Stopped
 from m2mkd_ds.data.remote.transports import Transport, chunks, http_client, open_transport
-from m2mkd_ds.data.shard_files import MAX_OPEN_SHARDS, Access, LocalFiles, ShardFiles
+from m2mkd_ds.data.shard_files import MAX_OPEN_SHARDS, Access, IoCounts, LocalFiles, ShardFiles
 from m2mkd_ds.logs import logger
 
 TOUCH_INTERVAL_S = 1.0

@@ -6,10 +6,10 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.shard_files import IoCounts
 from m2mkd_ds.logs import logger
 
 T = TypeVar("T")
@@ -30,20 +30,6 @@ class TemporaryFault(Exception):  # noqa: N818
 
 class Stopped(Exception):  # noqa: N818
     """The work was called off."""
-
-
-@dataclass(frozen=True)
-class IoCounts:
-    """What one process has done so far to get its bytes."""
-
-    hits: int
-    """Reads that found their shard in the cache."""
-    misses: int
-    """Shards that were fetched into the cache."""
-    bytes_fetched: int
-    """Bytes that came from elsewhere."""
-    retries: int
-    """Tries that failed and were made again."""
 
 
 class IoCounter:

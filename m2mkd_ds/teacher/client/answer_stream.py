@@ -11,7 +11,8 @@ from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.endpoints import EndpointList
 from m2mkd_ds.teacher.client.failover import Expect, Receive, Servers
-from m2mkd_ds.teacher.client.keeper import Greeting, Keeper
+from m2mkd_ds.teacher.client.greet import Greeting
+from m2mkd_ds.teacher.client.keeper import Keeper
 from m2mkd_ds.teacher.client.links import Counts, Pace, TeacherLostError
 from m2mkd_ds.teacher.client.prefetch import Place, Prefetcher
 from m2mkd_ds.teacher.protocol.connection import Connection

@@ -6,15 +6,17 @@ Only servers that were greeted (keeper.py) are asked, so a host that hangs costs
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import NoReturn, Protocol
 
 from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.endpoints import by_preference
-from m2mkd_ds.teacher.client.keeper import Keeper, asks_to_wait, named, refusal
-from m2mkd_ds.teacher.client.links import Counts, Link, Pace, Session, StoppedError, TeacherLostError
+from m2mkd_ds.teacher.client.greet import asks_to_wait, named, refusal
+from m2mkd_ds.teacher.client.keeper import Keeper
+from m2mkd_ds.teacher.client.links import Counts, Link, Pace, Session, StoppedError, TeacherLostError, TeacherRefusedError
 from m2mkd_ds.teacher.protocol.codec import TensorSpec
 from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, GetBatch, Hello, LinkError
 
@@ -34,6 +36,32 @@ class _MissedError(Exception):
     """This try gave nothing; another may."""
 
 
+class _UnreadError(Exception):
+    """The server cannot read the images of this micro-batch; another one may."""
+
+
+@dataclass
+class _Unread:
+    """Who could not read the images of one micro-batch."""
+
+    told: dict[str, str] = field(default_factory=dict)
+    """By endpoint, why."""
+    answer: Answer | None = None
+    """One that says so instead of images."""
+
+    def add(self, endpoint: str, why: str, answer: Answer | None = None) -> None:
+        self.told[endpoint] = why
+        self.answer = answer or self.answer
+        logger.warning("teacher server %s; others are asked, where there are any", named(endpoint, why))
+
+    def outcome(self) -> Answer:
+        """What the trainer gets once nobody is left to ask: an answer without images, which stops all ranks at one step, or an error."""
+        sentence = "; ".join(f"teacher server {named(endpoint, why)}" for endpoint, why in self.told.items())
+        if self.answer is not None:
+            return replace(self.answer, head=replace(self.answer.head, lost=sentence))
+        raise TeacherRefusedError(f"{sentence}. Check the server's shards with `m2mkd shards verify`")
+
+
 class Servers:
     """Answers for the stream that `hello` describes, from the servers that `keeper` keeps. Several threads may fetch."""
 
@@ -42,20 +70,31 @@ class Servers:
     ) -> None:
         self._keeper, self._hello, self._config = keeper, hello, config
         self._expect, self._receive, self._counts, self._pace = expect, receive, counts, pace
+        self._told_at = 0.0
+        """When it was last said that the trainer waits."""
 
     def fetch(self, start: int, wanted: Wanted) -> Answer:
-        """The micro-batch at position `start`, whole and checked.
+        """The micro-batch at position `start`, whole and checked; without images (`lost`) where no server can read them.
 
         Raises TeacherLostError as `on_teacher_loss` and `patience_s` say, TeacherRefusedError, StoppedError. Patience begins when the
         trainer needs the micro-batch: a server that is away while nobody waits costs nothing.
         """
-        attempt, first = 0, None
+        attempt, first, unread = 0, None, _Unread()
         while True:
-            link, session = self._choose(start, wanted)
+            chosen = self._choose(start, wanted, unread.told)
+            if chosen is None:
+                return unread.outcome()
+            link, session = chosen
             asked = (link.endpoint, session.welcome.instance)
             first = first or asked
             try:
                 answer = self._ask(link, session, start, attempt, wanted)
+                if answer.head.lost:
+                    unread.add(link.endpoint, answer.head.lost, answer)
+                    continue
+            except _UnreadError as err:
+                unread.add(link.endpoint, str(err))
+                continue
             except _MissedError as missed:
                 attempt += 1
                 self._counts.add("retries")
@@ -69,8 +108,11 @@ class Servers:
                 link.failures = link.spoiled = 0
             return answer
 
-    def _choose(self, start: int, wanted: Wanted) -> tuple[Link, Session]:
-        """The server that comes first for this micro-batch among those that may be asked now; waits for one."""
+    def _choose(self, start: int, wanted: Wanted, without: Collection[str]) -> tuple[Link, Session] | None:
+        """The server that comes first for this micro-batch among those that may be asked now; waits for one.
+
+        None: all that are left are among `without`, or patience for the others has ended.
+        """
         # Every job of the same layout asks the same server for the same micro-batch, so decoding is shared in its cache.
         key = start // self._hello.layout.micro_batch_size
         with self._keeper.changed:
@@ -81,18 +123,31 @@ class Servers:
                     raise StoppedError("the feed was closed")
                 if self._keeper.fatal is not None:
                     raise self._keeper.fatal
+                if without and (left_s <= 0 or all(link.refused or e in without for e, link in self._keeper.links.items())):
+                    return None
                 if left_s <= 0:
                     self._lose(start, f"none did within teacher.patience_s={self._config.patience_s:g}")
                 if wanted.needed_at is not None and self._config.on_teacher_loss != "wait" and self._keeper.all_gone():
                     self._lose(start, "each was tried")
-                ready = [e for e, link in self._keeper.links.items() if link.session is not None and link.not_before <= now]
+                able = {e: link for e, link in self._keeper.links.items() if link.session is not None and e not in without}
+                ready = [e for e, link in able.items() if link.not_before <= now]
                 for endpoint in by_preference(ready, key)[:1]:
                     link = self._keeper.links[endpoint]
                     assert link.session is not None
                     return link, link.session
-                pauses = [link.not_before - now for link in self._keeper.links.values() if link.session is not None]
-                timeout_s = min([left_s, *pauses])
+                timeout_s = min([left_s, self._tell(wanted, now, left_s), *(link.not_before - now for link in able.values())])
                 self._keeper.changed.wait(None if timeout_s == inf else timeout_s)
+
+    def _tell(self, wanted: Wanted, now: float, left_s: float) -> float:
+        """Say now and then that the trainer stands still, and for whom; seconds until the next time. `Keeper.changed` must be held."""
+        if wanted.needed_at is None:
+            return inf
+        due_at = max(wanted.needed_at, self._told_at) + self._pace.told_s
+        if now >= due_at:
+            trying = [named(e, link.gone or link.trouble or "no answer yet") for e, link in self._keeper.links.items() if not link.refused]
+            logger.warning("still trying %s; %.0f s of patience left (teacher.patience_s)", "; ".join(trying), left_s)
+            self._told_at, due_at = now, now + self._pace.told_s
+        return due_at - now
 
     def _left_s(self, wanted: Wanted) -> float:
         return inf if wanted.needed_at is None else wanted.needed_at + self._config.patience_s - time.monotonic()
@@ -146,7 +201,7 @@ class Servers:
         return _MissedError(why)
 
     def _refused(self, link: Link, session: Session, err: FeedError) -> _MissedError:
-        """A server's refusal of a request: _MissedError where another try may help. Raises TeacherRefusedError."""
+        """A server's refusal of a request: _MissedError where another try may help. Raises _UnreadError, TeacherRefusedError."""
         if err.code == "mismatch":
             # Perhaps a restarted server that was never greeted; greeting it tells.
             with self._keeper.changed:
@@ -165,6 +220,10 @@ class Servers:
                 link.failures += 1
                 link.pause(self._pace)
             logger.warning("teacher server %s: an error of its own: %s", link.endpoint, err)
+        elif err.code == "data":
+            raise _UnreadError(f"it cannot read its data: {err}")
+        elif err.code in ("unauthenticated", "bad_request"):
+            self._keeper.refuse(link, session, refusal(link.endpoint, err))
         else:
             raise refusal(link.endpoint, err)
         return _MissedError(str(err))

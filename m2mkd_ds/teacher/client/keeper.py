@@ -14,13 +14,10 @@ from math import inf
 
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.endpoints import EndpointList
+from m2mkd_ds.teacher.client.greet import Greeter, Greeting, asks_to_wait, named, refusal
 from m2mkd_ds.teacher.client.links import Link, Pace, Session, StoppedError, TeacherRefusedError
 from m2mkd_ds.teacher.protocol.connection import Connection
-from m2mkd_ds.teacher.protocol.handshake import check_welcome
-from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, LinkError, Welcome
-
-Greeting = Callable[[Connection, Welcome], None]
-"""Compares golden outputs of a server that was just greeted; raises RuntimeError where they differ."""
+from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, LinkError
 
 
 class Keeper:
@@ -38,16 +35,14 @@ class Keeper:
         may_decode: bool = False,
     ) -> None:
         """`may_decode`: this trainer may come to make images itself, so its decoder's version must be the servers'."""
-        self._endpoints, self._hello, self._connect, self._golden = endpoints, hello, connect, golden
-        self._deadline_s, self._pace, self._may_decode = deadline_s, pace, may_decode
+        self._endpoints, self._deadline_s, self._pace = endpoints, deadline_s, pace
+        self._greeter = Greeter(hello, connect, golden, deadline_s=deadline_s, may_decode=may_decode)
         self.changed = threading.Condition()
         """Guards all that follows, and the fields of links; told of every change."""
         self.links = {endpoint: Link(endpoint) for endpoint in endpoints.current}
         self.fatal: BaseException | None = None
         """What must stop the run, whoever met it."""
         self.stopping = False
-        self._proven: set[str] = set()
-        """Instances whose golden outputs were right."""
         self._opening: set[Connection] = set()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         """Also those that no link has any more and that end their last calls."""
@@ -191,45 +186,52 @@ class Keeper:
                 self.changed.notify_all()
 
     def _greet(self, link: Link) -> None:
-        """Say Hello, compare golden outputs where this instance is new, and let the others ask. Raises what must stop the run."""
-        connection: Connection | None = None
-        try:
-            connection = self._connect(link.endpoint)
+        """Greet it, and let the others ask. Raises RuntimeError of a server that cannot serve the run."""
+        opened: list[Connection] = []
+
+        def note(connection: Connection) -> None:
+            opened.append(connection)
             with self.changed:
                 self._opening.add(connection)
                 if self.stopping:
                     raise StoppedError("the feed was closed")
-            welcome = connection.hello(self._hello, self._deadline_s)
-            self._check_welcome(link, welcome)
-            if self._golden is not None and welcome.instance not in self._proven:
-                self._golden(connection, welcome)
-                self._proven.add(welcome.instance)
-            self._greeted(link, Session(connection, welcome))
-            connection = None
+
+        try:
+            self._greeted(link, self._greeter.greet(link, note))
         except FeedError as err:
             self._not_greeted(link, err)
         except LinkError as err:
+            if err.fault == "untrusted":
+                raise TeacherRefusedError(f"teacher server {err}") from err
             with self.changed:
                 if not link.failures:
                     logger.warning("teacher server %s", named(link.endpoint, str(err)))
                 link.failures += 1
-                link.gone = str(err)
+                link.gone, link.refused = str(err), ""
                 link.pause(self._pace)
         finally:
-            if connection is not None:
-                with self.changed:
-                    self._opening.discard(connection)
-                connection.close()
+            with self.changed:
+                self._opening.difference_update(opened)
+
+    def refuse(self, link: Link, session: Session, err: RuntimeError) -> None:
+        """A server that cannot answer what is asked is left alone for long. Raises `err` where no other may serve the run."""
+        session.retire()
+        with self.changed:
+            if link.session is not session:
+                return  # another thread was first to notice
+            link.session = None
+        self._set_aside(link, err)
 
     def _set_aside(self, link: Link, err: RuntimeError) -> None:
-        """A server that refuses the run, or whose outputs differ, is left alone for long. Raises `err` where no other may serve the run."""
+        """Leave a server alone that cannot serve the run. Raises `err` where every other one is refused as well, or there is none."""
         with self.changed:
-            is_listed = self.links.get(link.endpoint) is link
-            if is_listed and not any(other.is_proven for other in self.links.values() if other is not link):
-                raise err
-            is_news = link.gone != str(err)
-            link.gone, link.is_proven = str(err), False
+            link.refused, link.gone = str(err), str(err)
             link.not_before = time.monotonic() + self._pace.refused_pause_s
+            is_listed = self.links.get(link.endpoint) is link
+            if is_listed and all(other.refused for other in self.links.values()):
+                self._fail(err)  # for the other threads that fetch
+                raise err
+            is_news, link.told = link.told != str(err), str(err)
             self.changed.notify_all()
         if is_news:
             why = named(link.endpoint, str(err))
@@ -245,7 +247,7 @@ class Keeper:
             if link.gone or link.failures:
                 logger.warning("teacher server %s: it answers again", link.endpoint)
             link.session, link.gone, link.is_draining, link.not_before, link.contradicted = session, "", False, 0.0, ("", "")
-            link.is_proven = True
+            link.refused = ""
 
     def _not_greeted(self, link: Link, err: FeedError) -> None:
         """A refusal of Hello or Golden. Raises TeacherRefusedError where trying again would not help."""
@@ -259,20 +261,6 @@ class Keeper:
                 link.pause(self._pace, max(err.retry_after_s, self._pace.first_pause_s))
         else:
             raise refusal(link.endpoint, err)
-
-    def _check_welcome(self, link: Link, welcome: Welcome) -> None:
-        """Whether the server serves this stream: it has compared, but an odd one may have compared less."""
-        instance, sentence = link.contradicted
-        if welcome.instance == instance:
-            raise refusal(link.endpoint, FeedError("mismatch", sentence))
-        if not self._hello.oldest_protocol <= welcome.protocol <= self._hello.newest_protocol:
-            raise refusal(link.endpoint, FeedError("mismatch", f"protocol: it chose {welcome.protocol}, which this trainer does not speak"))
-        try:
-            differences = check_welcome(welcome, self._hello.fingerprints, decodes=self._hello.payload == "logits" or self._may_decode)
-        except FeedError as err:
-            raise refusal(link.endpoint, err) from None
-        for sentence in differences:
-            logger.warning("teacher server %s: %s; images may differ by rounding", link.endpoint, sentence)
 
     def _beat(self, link: Link, session: Session) -> None:
         """Ask an idle server how it is; one that misses a few is as good as dead, and calls that wait for it end."""
@@ -293,23 +281,3 @@ class Keeper:
                 self.drained(link, session, status.endpoints)
             elif status.instance != session.welcome.instance:
                 self.lost_link(link, session, "it was started anew")
-
-
-def named(endpoint: str, why: str) -> str:
-    """`why` with the endpoint in front, once."""
-    return why if why.startswith(endpoint) else f"{endpoint}: {why}"
-
-
-def asks_to_wait(err: FeedError) -> bool:
-    """Whether the same request may be granted later. A host that showed wrong tokens, perhaps another job on it, has to wait as well."""
-    return err.code == "retry_later" or (err.code == "unauthenticated" and err.retry_after_s > 0)
-
-
-def refusal(endpoint: str, err: FeedError) -> TeacherRefusedError:
-    """The error that ends the run, with the server's sentence."""
-    if err.code == "poisoned":
-        return TeacherRefusedError(
-            f"teacher server {endpoint}: its output is not finite for slots {list(err.slots[:16])}{'...' if len(err.slots) > 16 else ''}: "
-            f"{err}. This rank stops here, and the launcher ends the others; look at the teacher's weights and precision"
-        )
-    return TeacherRefusedError(f"teacher server {endpoint} refuses ({err.code}): {err}")

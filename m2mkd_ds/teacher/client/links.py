@@ -33,6 +33,8 @@ class Pace:
     longest_pause_s: float = 15.0
     drained_pause_s: float = 5.0
     """Before a server that drains is asked whether it serves again."""
+    told_s: float = 15.0
+    """Between two lines about servers that a trainer stands still for."""
     refused_pause_s: float = 60.0
     """Before a server that refuses the run, while others serve it, is greeted again."""
     poll_s: float = 1.0
@@ -140,8 +142,10 @@ class Link:
     """What went wrong last, for messages."""
     contradicted: tuple[str, str] = ("", "")
     """Instance that called a request a mismatch, and its sentence: a restarted server has another instance, a wrong one the same."""
-    is_proven: bool = False
-    """Whether it was greeted with success once, and has not refused since."""
+    refused: str = ""
+    """Why it cannot serve the run, as far as is known: until it is greeted with success, or gone."""
+    told: str = ""
+    """The last such reason that was logged."""
     is_draining: bool = False
     is_tended: bool = False
     """Whether a thread greets it or sends it a heartbeat now."""

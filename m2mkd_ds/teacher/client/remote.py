@@ -19,7 +19,7 @@ from m2mkd_ds.config import TeacherConfig
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.answer_stream import AnswerStream
-from m2mkd_ds.teacher.client.keeper import Greeting
+from m2mkd_ds.teacher.client.greet import Greeting
 from m2mkd_ds.teacher.client.links import Pace, TeacherLostError
 from m2mkd_ds.teacher.client.receive import Assembler
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
@@ -57,7 +57,7 @@ class Stream:
 class RemoteFeed:
     """Batches of `stream` from teacher servers. One trainer thread may use it, in the process that made it.
 
-    `connect`: endpoint -> connection, nothing said yet. `golden`: see keeper.Greeting. `fallback`: start step -> feed in this process, for
+    `connect`: endpoint -> connection, nothing said yet. `golden`: see greet.Greeting. `fallback`: start step -> feed in this process, for
     on_teacher_loss=colocate. Servers are asked from the moment this is made. Raises ValueError for settings that cannot work.
     """
 

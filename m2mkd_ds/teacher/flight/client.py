@@ -31,20 +31,9 @@ from m2mkd_ds.teacher.flight.parts import (
 )  # fmt: skip
 from m2mkd_ds.teacher.flight.security import ClientSecurity, join_address, split_address
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.buffers import BufferPool
-from m2mkd_ds.teacher.protocol.wire import (
-    MAX_MESSAGE_BYTES,
-    Answer,
-    FeedError,
-    GetBatch,
-    Golden,
-    Hello,
-    LinkError,
-    Status,
-    Welcome,
-    pack,
-    unpack,
-)
+from m2mkd_ds.teacher.protocol.buffers import MAX_BUFFERS, MAX_POOL_BYTES, BufferPool
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome
 
 _Message = TypeVar("_Message", Welcome, Status)
 CHANNEL = (
@@ -57,9 +46,6 @@ CHANNEL = (
     ("grpc.enable_http_proxy", 0),
 )
 """gRPC's channel arguments."""
-
-MAX_BUFFERS, MAX_POOL_BYTES = 1024, 2**40
-"""Of a link's own pool: as many as answers are alive at a time, which the trainer's prefetch bounds."""
 
 
 class FlightConnection:
@@ -74,6 +60,7 @@ class FlightConnection:
         self._host, self._port = split_address(endpoint)
         self.endpoint = join_address(self._host, self._port)
         self._keys = keys = security.load()
+        self.carrier = ("mutual TLS" if keys.cert else "TLS") if keys.authority else "plain TCP"
         self._max_answer_bytes, self._name = 0, ""
         self._pool = pool or BufferPool(MAX_BUFFERS, MAX_POOL_BYTES)
         self._streams: set[Any] = set()

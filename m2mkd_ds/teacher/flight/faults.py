@@ -1,11 +1,13 @@
 """From pyarrow's and gRPC's errors to one sentence that says what is wrong and what to do.
 
 gRPC says "Socket closed" for most of what can be wrong with TLS. So after a call that nobody answered, the endpoint is asked once more by
-Python's own ssl module, whose errors name the reason.
+Python's own ssl module, with the same certificates; its errors name the reason. Only what such a handshake proves is told as `untrusted`,
+which ends a run; a connection that just breaks off may be a server that stops or starts.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import ssl
@@ -17,7 +19,11 @@ from m2mkd_ds.teacher.protocol.wire import FeedError, LinkError
 
 PROBE_S = 2.0
 """How long the second look may take; less where less of the deadline is left."""
+LOOKS, LOOK_PAUSE_S = 3, 0.2
+"""How often a server must hang up after a good handshake to be believed to mean it."""
 MAX_TOLD_CHARS = 300
+_NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
+"""What OpenSSL says to bytes that are no TLS; which, depends on its version."""
 
 
 def feed_or_link_error(err: Exception, endpoint: str, deadline_s: float) -> FeedError | LinkError:
@@ -50,42 +56,90 @@ def unreachable(host: str, port: int, keys: Keys, left_s: float) -> LinkError:
     endpoint = join_address(host, port)
     timeout_s = max(0.1, min(PROBE_S, left_s))
     try:
-        with socket.create_connection((host, port), timeout_s) as plain:
-            found = _look(plain, host, keys, timeout_s)
+        for look in range(LOOKS):
+            with socket.create_connection((host, port), timeout_s) as plain:
+                mistake = _mistake(plain, host, keys)
+            if not isinstance(mistake, _HungUp):
+                break
+            time.sleep(LOOK_PAUSE_S if look + 1 < LOOKS else 0.0)
     except socket.gaierror:
         return LinkError("unreachable", f"{endpoint}: the name {host} has no address here; correct teacher.endpoints or the name service")
     except TimeoutError:
         return LinkError("unreachable", f"{endpoint}: no answer to a connection within {timeout_s:.1f} s; is the host up?")
     except OSError as err:
         return LinkError("unreachable", f"{endpoint}: {err.strerror or err}; is a teacher server running there?")
-    return LinkError("unreachable", f"{endpoint}: {found}")
+    if mistake:
+        return LinkError("untrusted", f"{endpoint}: {mistake}")
+    return LinkError("unreachable", f"{endpoint}: it takes connections and answers nothing of ours; is it a teacher server?")
 
 
-def _look(plain: socket.socket, host: str, keys: Keys, timeout_s: float) -> str:
-    """What a TLS handshake on a fresh connection shows."""
+class _HungUp(str):
+    """A mistake that one look does not prove: the server proved who it is, took our certificate, and said nothing more. gRPC tells in no
+    other way that it refuses; a server that stops does so too, but its port is closed at the next look."""
+
+
+def _mistake(plain: socket.socket, host: str, keys: Keys) -> str:
+    """What a TLS handshake on a fresh connection proves to be wrong with the settings of either side; empty: nothing."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     if keys.authority:
         context.load_verify_locations(cadata=keys.authority.decode("ascii", "ignore"))
     else:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if keys.cert:
+        _show(context, keys)
     try:
-        with context.wrap_socket(plain, server_hostname=host):
-            speaks_tls = True
+        with context.wrap_socket(plain, server_hostname=host) as wrapped:
+            if not keys.authority:
+                return "the server speaks TLS: give teacher.tls_ca (and teacher.tls_cert and teacher.tls_key if it asks for certificates)"
+            return "" if _says_something(wrapped) else _HungUp(_refused("it broke the connection off", keys))
     except ssl.SSLCertVerificationError as err:
         return f"the server's certificate is refused: {err.verify_message}; compare teacher.tls_ca and teacher.endpoints with it"
-    except (ssl.SSLError, OSError) as err:
-        # A server with TLS answers any ClientHello in TLS, be it with an alert; one without cuts or answers in HTTP/2.
-        speaks_tls = "ALERT" in str(getattr(err, "reason", "")) or isinstance(err, TimeoutError)
-    if speaks_tls and not keys.authority:
-        return "the server speaks TLS: give teacher.tls_ca (and teacher.tls_cert and teacher.tls_key if it asks for certificates)"
-    if not speaks_tls and keys.authority:
+    except ssl.SSLError as err:
+        return _told_by(str(err.reason), keys)
+    except OSError:  # cut or silent: proves nothing
+        pass
+    return ""
+
+
+def _told_by(reason: str, keys: Keys) -> str:
+    """The mistake that an error of OpenSSL proves; empty: none."""
+    if "ALERT" in reason:  # a server with TLS that answered us in TLS
+        if not keys.authority:
+            return "the server speaks TLS: give teacher.tls_ca (and teacher.tls_cert and teacher.tls_key if it asks for certificates)"
+        return _refused(reason.lower().replace("_", " "), keys)
+    if keys.authority and reason in _NO_TLS:
         return "the server does not speak TLS: start it with --tls-cert and --tls-key, or leave teacher.tls_ca empty"
-    if keys.authority and not keys.cert:
-        return "the server broke the connection off: if it was started with --client-ca, give teacher.tls_cert and teacher.tls_key"
-    if keys.authority:
-        return "the server refused this side's certificate: its --client-ca must be what signed teacher.tls_cert, in date"
-    return "it takes connections and answers nothing of ours; is it a teacher server?"
+    return ""
+
+
+def _refused(said: str, keys: Keys) -> str:
+    if not keys.cert:
+        return f"the server asks for a certificate ({said}; it was started with --client-ca): give teacher.tls_cert and teacher.tls_key"
+    return f"the server refused this side's certificate ({said}): its --client-ca must be what signed teacher.tls_cert, in date"
+
+
+def _says_something(wrapped: ssl.SSLSocket) -> bool:
+    """Whether the server goes on after the handshake: in TLS 1.3 what it thinks of our certificate comes then. Raises ssl.SSLError."""
+    try:
+        return bool(wrapped.recv(1))
+    except ssl.SSLError:
+        raise
+    except ConnectionError:
+        return False
+    except TimeoutError:
+        return True  # it waits for us, as a server that is content may
+
+
+def _show(context: ssl.SSLContext, keys: Keys) -> None:
+    """Let the handshake show our certificate. Python takes files only: one without a name, so that the key is on no disk."""
+    descriptor = os.memfd_create("m2mkd_keys", os.MFD_CLOEXEC)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(keys.cert + b"\n" + keys.key)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def seconds_left(deadline: float) -> float:

@@ -35,7 +35,7 @@ class FailureLimit:
 
     def check(self, peer: str) -> None:
         """Raises FeedError(unauthenticated) with the time to wait."""
-        host = _host(peer)
+        host = host_of(peer)
         with self._lock:
             count, end = self._failures.get(host, (0, 0.0))
         wait_s = end - time.monotonic()
@@ -46,7 +46,7 @@ class FailureLimit:
 
     def count(self, peer: str) -> None:
         """One more wrong token from that host; the first and the last of a window are logged."""
-        host, now = _host(peer), time.monotonic()
+        host, now = host_of(peer), time.monotonic()
         with self._lock:
             count, end = self._failures.pop(host, (0, 0.0))
             count, end = (count + 1, end) if now < end else (1, now + WINDOW_S)
@@ -81,6 +81,6 @@ def _shown_right(keys: Keys, headers: dict[str, list[str | bytes]]) -> bool:
     return shown.startswith(TOKEN_PREFIX) and keys.has_token(shown.removeprefix(TOKEN_PREFIX))
 
 
-def _host(peer: str) -> str:
+def host_of(peer: str) -> str:
     """`ipv4:10.0.0.7:51234` -> `10.0.0.7`."""
     return peer.partition(":")[2].rpartition(":")[0] or peer

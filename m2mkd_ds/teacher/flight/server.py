@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2mkd_ds.logs import logger
-from m2mkd_ds.teacher.flight.gate import FailureLimit, make_middleware
+from m2mkd_ds.teacher.flight.gate import FailureLimit, host_of, make_middleware
 from m2mkd_ds.teacher.flight.parts import (
     GET,
     GOLDEN,
@@ -30,11 +30,12 @@ from m2mkd_ds.teacher.flight.parts import (
     to_batch,
 )  # fmt: skip
 from m2mkd_ds.teacher.flight.security import Keys, ServerSecurity, join_address, split_address
-from m2mkd_ds.teacher.flight.sockets import cut_connection
+from m2mkd_ds.teacher.flight.sockets import cut_connection, is_connected
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack, unpack_name
-from m2mkd_ds.teacher.server.admission import Lease
-from m2mkd_ds.teacher.server.service import TeacherService
+from m2mkd_ds.teacher.protocol.packing import pack, unpack, unpack_name
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello
+from m2mkd_ds.teacher.server.admission import Caller, Lease
+from m2mkd_ds.teacher.server.coming import Service
 
 MAX_CALLS = 256
 """Calls at a time, of all clients; each holds a thread."""
@@ -59,7 +60,7 @@ class FlightTransport:
     """Listens on HOST:PORT (port 0: any free one) and calls the service."""
 
     def __init__(
-        self, service: TeacherService, listen: str, security: ServerSecurity, *, max_calls: int = MAX_CALLS, stall_s: float = STALL_S
+        self, service: Service, listen: str, security: ServerSecurity, *, max_calls: int = MAX_CALLS, stall_s: float = STALL_S
     ) -> None:
         """Raises ConfigError when the security does not fit the address."""
         self._service, self._max_calls, self._stall_s = service, max_calls, stall_s
@@ -109,8 +110,10 @@ class FlightTransport:
             with self._call(context):
                 if kind not in (HELLO, STATUS) or body.size > MAX_MESSAGE_BYTES:
                     raise FeedError("bad_request", f"action {kind[:40]!r} of {body.size} bytes; allowed: {HELLO}, {STATUS} up to 64 KB")
-                service, told = self._service, body.to_pybytes()
-                return pack(service.hello(unpack(Hello, told)) if kind == HELLO else service.status(unpack_name(told)))
+                told, peer = body.to_pybytes(), context.peer()
+                if kind == STATUS:
+                    return pack(self._service.status(unpack_name(told)))
+                return pack(self._service.hello(unpack(Hello, told), Caller(host_of(peer), lambda: is_connected(peer))))
         except FeedError as err:
             return pack_refusal(err)
 

@@ -1,9 +1,10 @@
-"""Ends TCP connections that a library holds and gives no handle to, found by their peer. Linux only."""
+"""TCP connections that a library holds and gives no handle to, found by their peer: are they open, and an end to them. Linux only."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from urllib.parse import unquote
 
 
@@ -12,14 +13,30 @@ def cut_connection(peer: str) -> bool:
 
     The descriptor stays with its owner, who sees the connection reset.
     """
+    return any([_at_peer(number, wanted, _shut) for wanted in _address(peer) for number in _descriptors()])
+
+
+def is_connected(peer: str) -> bool:
+    """Whether this process has a connection to `peer`."""
+    return any(_at_peer(number, wanted, lambda held: None) for wanted in _address(peer) for number in _descriptors())
+
+
+def _address(peer: str) -> list[tuple[str, int]]:
+    """Host and port; none for what is no address."""
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
-    if not port.isdecimal():
-        return False
-    wanted = (host.strip("[]"), int(port))
-    return any([_shut(int(name), wanted) for name in os.listdir("/proc/self/fd")])
+    return [(host.strip("[]"), int(port))] if port.isdecimal() else []
 
 
-def _shut(descriptor: int, wanted: tuple[str, int]) -> bool:
+def _descriptors() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/fd")]
+
+
+def _shut(held: socket.socket) -> None:
+    held.shutdown(socket.SHUT_RDWR)
+
+
+def _at_peer(descriptor: int, wanted: tuple[str, int], act: Callable[[socket.socket], None]) -> bool:
+    """Whether a descriptor is a connection to `wanted`; then `act` is done with it."""
     try:
         copy = os.dup(descriptor)
     except OSError:
@@ -36,7 +53,7 @@ def _shut(descriptor: int, wanted: tuple[str, int]) -> bool:
             host, port = held.getpeername()[:2]
             if (host.removeprefix("::ffff:"), port) != wanted:
                 return False
-            held.shutdown(socket.SHUT_RDWR)
+            act(held)
         except OSError:
             return False  # listens, or ended by itself
         return True

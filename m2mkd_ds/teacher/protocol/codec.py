@@ -23,7 +23,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from m2mkd_ds.teacher.protocol.buffers import Arena, BufferPool, padded
-from m2mkd_ds.teacher.protocol.wire import CHUNK_BYTES, TORCH_DTYPES, Answer, AnswerHead, LinkError, Name, bounded_bad, told
+from m2mkd_ds.teacher.protocol.packing import bounded_bad, told
+from m2mkd_ds.teacher.protocol.wire import CHUNK_BYTES, TORCH_DTYPES, Answer, AnswerHead, LinkError, Name
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 MAX_HEAD_BYTES = 2 * 2**20
@@ -145,7 +146,7 @@ class FrameReader:
             self._tensors = self._made(framed.tensors)
         except LinkError:
             raise
-        except (RuntimeError, MemoryError) as err:  # torch has one kind for all that it cannot make
+        except (RuntimeError, MemoryError, OSError, OverflowError) as err:  # torch has one kind for all that it cannot make
             raise no_room(framed.tensors, err) from None
         self._rooms = _rooms(framed, self._tensors)
         self._head = framed.answer

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, Golden, Hello, LinkError, Status, Welcome, pack, unpack
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import Answer, GetBatch, Golden, Hello, LinkError, Status, Welcome
 from m2mkd_ds.teacher.server.service import TeacherService
 
 
@@ -16,6 +17,8 @@ class Connection(Protocol):
     """
 
     endpoint: str
+    carrier: str
+    """How it travels, for the log: mutual TLS, TLS, plain TCP, shared memory."""
 
     def hello(self, hello: Hello, deadline_s: float) -> Welcome:
         """Must come first; the welcome's limits hold for the calls after it."""
@@ -43,7 +46,7 @@ class LocalConnection:
     """Talks to a service in this process, by packed messages and encoded frames as over a network."""
 
     def __init__(self, service: TeacherService, endpoint: str = "local") -> None:
-        self.endpoint, self._service = endpoint, service
+        self.endpoint, self.carrier, self._service = endpoint, "calls in this process", service
         self._closed = False
 
     def hello(self, hello: Hello, deadline_s: float) -> Welcome:

@@ -21,18 +21,8 @@ from m2mkd_ds.config import RunConfig, to_dict
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.models.variants import VitArch, meta_device_model
-from m2mkd_ds.teacher.protocol.wire import (
-    OLDEST_PROTOCOL,
-    PROTOCOL_VERSION,
-    Answer,
-    AnswerHead,
-    FeedError,
-    Golden,
-    Hello,
-    Limits,
-    Welcome,
-    negotiate,
-)
+from m2mkd_ds.teacher.protocol.packing import negotiate
+from m2mkd_ds.teacher.protocol.wire import OLDEST_PROTOCOL, PROTOCOL_VERSION, Answer, AnswerHead, FeedError, Golden, Hello, Limits, Welcome
 from m2mkd_ds.teacher.server.produce import TeacherParts
 
 PIXEL_FIELDS = ("image_size", "mean", "std", "interpolation", "decode", "augment", "num_classes")

@@ -5,25 +5,24 @@
     GetBatch -> Answer     one micro-batch, named by its first stream position
     Status                 whether the server is ready, drains, and how busy it is
 
-Messages are JSON and checked against these types before anything is done with them; tensors travel beside them (codec.py). A server
-holds no position of anybody: every GetBatch says all that is needed to answer it, so any server may answer, and be killed, at any time.
+Messages are JSON and checked against these types before anything is done with them (packing.py); tensors travel beside them
+(codec.py). A server holds no position of anybody: every GetBatch says all that is needed to answer it, so any server may answer, and
+be killed, at any time.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.plan import BatchLayout
 
-OLDEST_PROTOCOL, PROTOCOL_VERSION = 1, 1
+OLDEST_PROTOCOL, PROTOCOL_VERSION = 2, 2
 """What this installation speaks, both included."""
 MAX_MESSAGE_BYTES = 64 * 1024
 """Largest message, of either side; tensors do not count."""
@@ -39,10 +38,11 @@ INT8_GROUP = 128
 """With wire_dtype=int8, so many neighbouring numbers of a token share a scale."""
 WireDtype = Literal["fp32", "bf16", "fp16", "int8"]
 """Of hidden states and of float images on the way; logits and targets always travel as they are."""
-ErrorCode = Literal["retry_later", "draining", "mismatch", "bad_request", "unauthenticated", "poisoned", "internal"]
+ErrorCode = Literal["retry_later", "draining", "mismatch", "bad_request", "unauthenticated", "poisoned", "data", "internal"]
 """retry_later: too much asked for at once. draining: the server is about to leave. mismatch: another model, data, order or instance than
-the caller means. bad_request: cannot be a message of ours. poisoned: the teacher's output is not finite. internal: a bug of the server."""
-LinkFault = Literal["unreachable", "deadline", "corrupt", "closed"]
+the caller means. bad_request: cannot be a message of ours. poisoned: the teacher's output is not finite. data: a shard or sample of the
+server's cannot be read. internal: a bug of the server."""
+LinkFault = Literal["unreachable", "untrusted", "deadline", "corrupt", "closed"]
 
 MAX_NAME_CHARS = 256
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
@@ -88,7 +88,10 @@ class FeedError(RuntimeError):
 
 
 class LinkError(RuntimeError):
-    """The way to a server failed: nobody there, no answer within the deadline, a damaged or impossible answer, or closed by us."""
+    """The way to a server failed: nobody there, no answer within the deadline, a damaged or impossible answer, or closed by us.
+
+    untrusted: somebody is there, and certificates or TLS of the two sides do not fit; waiting does not mend that.
+    """
 
     def __init__(self, fault: LinkFault, message: str) -> None:
         super().__init__(message)
@@ -256,100 +259,5 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 """Every dtype that travels, by its name on the wire."""
 
-_Message = TypeVar("_Message", Hello, Welcome, GetBatch, Golden, Status, AnswerHead)
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 for _cls in (Limits, Hello, Welcome, GetBatch, Golden, Status, AnswerHead):
     _cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[union-attr]
-
-
-def pack(message: Any) -> bytes:
-    """A message as JSON. Raises ValueError past MAX_MESSAGE_BYTES."""
-    packed = _adapter(type(message)).dump_json(message)
-    if len(packed) > MAX_MESSAGE_BYTES:
-        raise ValueError(f"a message {type(message).__name__} of {len(packed)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
-    return packed
-
-
-def unpack(kind: type[_Message], packed: bytes) -> _Message:
-    """The message in `packed`. Raises FeedError: bad_request naming what is wrong with it, mismatch for a Hello of another protocol."""
-    if len(packed) > MAX_MESSAGE_BYTES:
-        raise FeedError("bad_request", f"{kind.__name__}: {len(packed)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
-    if kind is Hello:
-        packed = _hello_of_our_time(packed)
-    try:
-        message: _Message = _adapter(kind).validate_json(packed, strict=True)
-    except ValidationError as err:
-        raise FeedError("bad_request", f"{kind.__name__}: {told(err)}") from None
-    return message
-
-
-def unpack_name(packed: bytes) -> str:
-    """The client that asks for a Status; empty: one that did not say. Raises FeedError(bad_request)."""
-    try:
-        name = packed.decode()
-    except UnicodeDecodeError:
-        raise FeedError("bad_request", "status: the client's name is no text") from None
-    if len(name) > MAX_NAME_CHARS:
-        raise FeedError("bad_request", f"status: a client's name of {len(name)} characters; at most {MAX_NAME_CHARS} are allowed")
-    return name
-
-
-def told(err: ValidationError) -> str:
-    """What is wrong, in at most a few hundred printable characters: the names of fields may be a stranger's."""
-    faults = (f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in err.errors(include_input=False, include_url=False)[:4])
-    return ascii("; ".join(faults))[1:-1][:400]
-
-
-def negotiate(oldest: int, newest: int, *, ours: tuple[int, int] = (OLDEST_PROTOCOL, PROTOCOL_VERSION)) -> int:
-    """The newest protocol that a trainer (`oldest` to `newest`) and a server (`ours`) both speak. Raises FeedError(mismatch)."""
-    if max(oldest, ours[0]) > (both := min(newest, ours[1])):
-        older = "trainer" if newest < ours[0] else "server"
-        raise FeedError(
-            "mismatch",
-            f"protocol: the trainer speaks {oldest} to {newest}, the server {ours[0]} to {ours[1]}; install a newer m2mkd_ds for the "
-            f"{older}, or the same version on both sides",
-        )
-    return both
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Range:
-    """The part of a Hello that every protocol has."""
-
-    oldest_protocol: Count
-    newest_protocol: Count
-
-
-def _hello_of_our_time(packed: bytes) -> bytes:
-    """A Hello without the fields that only newer protocols have. Raises FeedError(mismatch) when it speaks none of ours.
-
-    A newer trainer that still speaks our protocol adds fields that we do not know, and can do without an answer to them.
-    """
-    try:
-        spoken = TypeAdapter(_Range).validate_json(packed, strict=True)
-    except ValidationError:
-        return packed  # not a Hello at all: checked as a whole, which says what is wrong
-    negotiate(spoken.oldest_protocol, spoken.newest_protocol)
-    if spoken.newest_protocol <= PROTOCOL_VERSION:
-        return packed
-    known = {f.name for f in fields(Hello)}
-    return json.dumps({name: value for name, value in json.loads(packed).items() if name in known}).encode()
-
-
-def bounded_bad(bad: Sequence[BadSample]) -> tuple[BadSample, ...]:
-    """`bad` within what an answer may hold: long texts are cut; of more than MAX_BAD samples the last one tells how many are left out."""
-    kept = [_cut(sample) for sample in bad[:MAX_BAD]]
-    if len(bad) > MAX_BAD:
-        left_out = f"and {len(bad) - MAX_BAD} more damaged samples in this micro-batch; "
-        kept[-1] = _cut(replace(kept[-1], message=left_out + kept[-1].message))
-    return tuple(kept)
-
-
-def _cut(sample: BadSample) -> BadSample:
-    return replace(sample, shard=sample.shard[:MAX_BAD_NAME], key=sample.key[:MAX_BAD_NAME], message=sample.message[:MAX_BAD_TEXT])
-
-
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]

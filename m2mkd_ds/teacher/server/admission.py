@@ -47,10 +47,20 @@ class Lease(Generic[_Held]):
         self.release()
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Who greets, as its transport sees it."""
+
+    host: str = "this process"
+    is_connected: Callable[[], bool] = lambda: True
+    """Whether any connection of it is open."""
+
+
 @dataclass
 class _Client:
     last_heard: float
     in_flight: int = 0
+    caller: Caller = Caller()
 
 
 class Place:
@@ -96,10 +106,13 @@ class Admission:
             self._forget_silent()
             return len(self._clients)
 
-    def heard(self, name: str) -> None:
-        """A client greets. Raises FeedError(retry_later) for one too many."""
+    def heard(self, name: str, caller: Caller = Caller()) -> bool:
+        """A client greets; whether it is a new one. Raises FeedError(retry_later) for one too many."""
         with self._changed:
-            self._client(name)
+            self._forget_silent()
+            is_new = name not in self._clients
+            self._client(name).caller = caller
+            return is_new
 
     def refresh(self, name: str) -> None:
         """A sign of life of a client that is known; of another one it means nothing."""
@@ -159,8 +172,8 @@ class Admission:
     def _forget_silent(self) -> None:
         latest = self._clock() - SILENT_HEARTBEATS * self._limits.heartbeat_s
         for name in [name for name, client in self._clients.items() if not client.in_flight and client.last_heard < latest]:
-            del self._clients[name]
-            self._counters.add("evicted_clients")
+            # Who has hung up meanwhile was not put out.
+            self._counters.add("evicted_clients" if self._clients.pop(name).caller.is_connected() else "left_clients")
 
     def _later(self, why: str) -> FeedError:
         return FeedError("retry_later", why, retry_after_s=min(max(self._mean_s, _MIN_RETRY_S), _MAX_RETRY_S))

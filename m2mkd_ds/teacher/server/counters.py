@@ -14,7 +14,7 @@ LEVELS = ("decode", "prefix", "teacher")
 """What can be had from the cache: decoded images, hidden states h_i, teacher logits."""
 _NAMES = (
     "requests", "answers", "images", "bytes_out", "decode_s", "prefix_s", "teacher_s", "cast_s", "poisoned", "evicted_clients",
-    "evicted_batches", "replaced_workers", "lost_batches",
+    "left_clients", "evicted_batches", "replaced_workers", "lost_batches",
     *(f"errors_{code}" for code in get_args(ErrorCode)),
     *(f"{what}_{level}" for what in ("hits", "misses") for level in LEVELS),
 )  # fmt: skip

@@ -12,7 +12,8 @@ from m2mkd_ds.data.batch import WorkerBatch
 from m2mkd_ds.data.errors import SampleError
 from m2mkd_ds.data.plan import num_eval_batches
 from m2mkd_ds.teacher.protocol.wire import FeedError, GetBatch
-from m2mkd_ds.teacher.server.decode_pool import Decoder, Stream, make_decoder
+from m2mkd_ds.teacher.server.decode_pool import Decoder, make_decoder
+from m2mkd_ds.teacher.server.layout_batches import Stream
 
 
 class EvaluationImages:
@@ -25,7 +26,7 @@ class EvaluationImages:
         self._lock = threading.Lock()
 
     def batch(self, request: GetBatch) -> WorkerBatch:
-        """Raises FeedError: bad_request for a batch that does not exist, poisoned for a damaged image, which ends an evaluation."""
+        """Raises FeedError: bad_request for a batch that does not exist, data for a damaged image. SampleError (transform)."""
         if self._stream is None:
             raise FeedError("bad_request", "payload: this server has no validation images; start it where data.validation is")
         layout = request.layout
@@ -38,7 +39,9 @@ class EvaluationImages:
         try:
             return self._workers().decode(layout, number, micro_step, rank)
         except SampleError as err:
-            raise FeedError("poisoned", f"a validation image cannot be read: {err}") from err
+            if err.kind == "transform":  # a fault of the code, not of the data
+                raise
+            raise FeedError("data", f"a validation image cannot be read: {err}") from err
 
     def close(self) -> None:
         """End the workers."""

@@ -27,8 +27,9 @@ from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.teacher.protocol.numbers import bytes_of_hidden, largest, to_wire
 from m2mkd_ds.teacher.protocol.wire import Answer, AnswerHead, FeedError, GetBatch, Payload
 from m2mkd_ds.teacher.server.counters import Counters
-from m2mkd_ds.teacher.server.decode_pool import LayoutBatches, Stream, make_decoder
+from m2mkd_ds.teacher.server.decode_pool import make_decoder
 from m2mkd_ds.teacher.server.evaluation_images import EvaluationImages
+from m2mkd_ds.teacher.server.layout_batches import LayoutBatches, Stream
 from m2mkd_ds.teacher.server.micro_batch import Machine, MicroBatch, Output
 from m2mkd_ds.teacher.server.shards_ahead import ShardsAhead
 from m2mkd_ds.teacher.server.shared_cache import SharedCache

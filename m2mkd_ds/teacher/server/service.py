@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from m2mkd_ds.data.errors import SampleError
+from m2mkd_ds.data.errors import SampleError, ShardError
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.teacher.protocol.handshake import GOLDEN_IMAGES, check_hello, golden_answer, plan_digest
 from m2mkd_ds.teacher.protocol.wire import PROTOCOL_VERSION, Answer, FeedError, GetBatch, Golden, Hello, Limits, Payload, Status, Welcome
-from m2mkd_ds.teacher.server.admission import Admission, Lease
-from m2mkd_ds.teacher.server.decode_pool import DecodeError
+from m2mkd_ds.teacher.server.admission import Admission, Caller, Lease
+from m2mkd_ds.teacher.server.decode_worker import DecodeError
 from m2mkd_ds.teacher.server.produce import Producer
 from m2mkd_ds.teacher.server.requests import check_start, check_stream
 
@@ -59,14 +59,18 @@ class TeacherService:
         self._internal_errors = 0
         """Since the last answer; threads may lose a count to each other, and the next error makes up for it."""
 
-    def hello(self, hello: Hello) -> Welcome:
+    def hello(self, hello: Hello, caller: Caller = Caller()) -> Welcome:  # noqa: B008  # frozen
         """Raises FeedError: mismatch naming the field and both values, bad_request for a stream that this server cannot serve."""
         with self._counted():
             self._refuse_draining()
             check_hello(hello, self._fingerprints, self.options.limits)
             check_stream(hello, self.producer.pairs, self.options.limits)
             self._check_layout(hello.layout, hello.payload)
-            self._admission.heard(hello.client)
+            if self._admission.heard(hello.client, caller):
+                log.info(
+                    "teacher server %s: greeted client %s of %s: rank %d of %d, pairs %s, payload %s as %s", self.instance[:8],
+                    hello.client, caller.host, hello.rank, hello.layout.world, list(hello.pairs), hello.payload, hello.wire_dtype,
+                )  # fmt: skip
             return Welcome(
                 protocol=PROTOCOL_VERSION, instance=self.instance, plan=self._plan(hello.layout), fingerprints=self._fingerprints,
                 limits=self.options.limits,
@@ -178,7 +182,11 @@ class TeacherService:
             return self.producer.answer(request)
         except FeedError:
             raise
-        except (SampleError, DecodeError) as err:
+        except (SampleError, ShardError) as err:
+            # An error of augmentation is ours; everything else is this host's data, and another server's may be whole.
+            is_ours = isinstance(err, SampleError) and err.kind == "transform"
+            raise FeedError("internal" if is_ours else "data", str(err)) from err
+        except DecodeError as err:
             raise FeedError("internal", str(err)) from err
         except (RuntimeError, ValueError, OSError) as err:
             # Of the device (out of memory), the file system, or a bug: the client learns that it happened, the log where.

@@ -14,7 +14,7 @@ from m2mkd_ds.data.order import make_order
 from m2mkd_ds.data.plan import BatchLayout
 from m2mkd_ds.data.remote.look_ahead import LookAhead
 from m2mkd_ds.data.shard_files import ShardFiles
-from m2mkd_ds.teacher.server.decode_pool import Stream
+from m2mkd_ds.teacher.server.layout_batches import Stream
 
 LEAD_S = 120.0
 """A client that led and has not decoded anything for so long leads no more."""

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from m2mkd_ds.teacher.protocol import codec
-from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome, pack, unpack
+from m2mkd_ds.teacher.protocol.buffers import MAX_BUFFERS, MAX_POOL_BYTES, BufferPool
+from m2mkd_ds.teacher.protocol.packing import pack, unpack
+from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, Hello, LinkError, Status, Welcome
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
-from m2mkd_ds.teacher.shm.buffers import ReceiveBuffers
 from m2mkd_ds.teacher.shm.client_lane import ClientLane, HungUpError
 from m2mkd_ds.teacher.shm.frames import FrameError
 
-_KEPT_BUFFERS = 8
 _KEPT_LANES = 16
 
 _Told = TypeVar("_Told", Welcome, Status)
@@ -35,7 +35,7 @@ class ShmConnection:
         """Raises ValueError for a path that cannot be a socket's."""
         self._path = endpoint.removeprefix("unix:")
         shm_socket.check_path(self._path)
-        self.endpoint = f"unix:{self._path}"
+        self.endpoint, self.carrier = f"unix:{self._path}", "shared memory"
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[ClientLane] = []
@@ -45,7 +45,7 @@ class ShmConnection:
         """What the server's welcome grants."""
         self._name = ""
         """Of the client that said hello."""
-        self._buffers = ReceiveBuffers(_KEPT_BUFFERS)
+        self._pool = BufferPool(MAX_BUFFERS, MAX_POOL_BYTES)
 
     def hello(self, hello: Hello, deadline_s: float) -> Welcome:
         welcome = self._ask(frames.HELLO, pack(hello), frames.WELCOME, Welcome, deadline_s)
@@ -89,7 +89,7 @@ class ShmConnection:
         most = self._max_answer_bytes
         if not most:
             raise FeedError("bad_request", f"{self.endpoint}: say Hello first; it tells how large an answer may be")
-        return self._on_a_lane(lambda lane, deadline: lane.ask_answer(kind, body, deadline, self._buffers, most, accept), deadline_s)
+        return self._on_a_lane(lambda lane, deadline: lane.ask_answer(kind, body, deadline, self._pool, most, accept), deadline_s)
 
     def _on_a_lane(self, work: Callable[[ClientLane, float], _Result], deadline_s: float) -> _Result:
         deadline = time.monotonic() + deadline_s

@@ -8,10 +8,10 @@ import socket
 import time
 
 from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.buffers import BufferPool
 from m2mkd_ds.teacher.protocol.wire import Answer, LinkError
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
-from m2mkd_ds.teacher.shm.buffers import ReceiveBuffers
 from m2mkd_ds.teacher.shm.segment import SegmentView, largest_segment
 
 _PAUSE_S = 0.005
@@ -45,7 +45,7 @@ class ClientLane:
         return told
 
     def ask_answer(
-        self, kind: bytes, body: bytes, deadline: float, buffers: ReceiveBuffers, max_bytes: int, accept: codec.Accept | None = None
+        self, kind: bytes, body: bytes, deadline: float, pool: BufferPool, max_bytes: int, accept: codec.Accept | None = None
     ) -> Answer:
         """A copy of the answer, its head accepted, its sums compared. Raises as `ask` does, and LinkError(corrupt)."""
         told, fds = self._exchange(kind, body, frames.READY, deadline)
@@ -60,7 +60,7 @@ class ClientLane:
             _close_all(fds)
         if self._view is None or self._view.num_bytes != ready.segment_bytes:
             raise LinkError("corrupt", "an answer in a segment that was never sent")
-        answer = self._view.read(ready, buffers, max_bytes, accept)
+        answer = self._view.read(ready, pool, max_bytes, accept, wait_s=max(0.0, deadline - time.monotonic()))
         try:
             frames.send(self._sock, frames.ACK, frames.pack_ack(ready.generation), deadline)
         except OSError:

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello, pack, unpack, unpack_name
-from m2mkd_ds.teacher.server.service import TeacherService
+from m2mkd_ds.teacher.protocol.packing import pack, unpack, unpack_name
+from m2mkd_ds.teacher.protocol.wire import MAX_MESSAGE_BYTES, Answer, FeedError, GetBatch, Golden, Hello
+from m2mkd_ds.teacher.server.admission import Caller
+from m2mkd_ds.teacher.server.coming import Service
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm.frames import Ready
 from m2mkd_ds.teacher.shm.segment import Segment, segment_bytes
@@ -77,10 +79,14 @@ class Lane:
     """Serves one socket in the calling thread, until it is closed from either side or its client breaks the rules."""
 
     def __init__(
-        self, sock: socket.socket, service: TeacherService, grants: Grants, silence_s: float, make_room: Callable[[], None]
-    ) -> None:
-        """`make_room` ends some idle lane, for its memory."""
+        self, sock: socket.socket, service: Service, grants: Grants, silence_s: float, make_room: Callable[[], None],
+        caller: Callable[[str], Caller],
+    ) -> None:  # fmt: skip
+        """`make_room` ends some idle lane, for its memory; `caller` says who a client of that name is."""
         self._sock, self._service, self._grants, self._silence_s, self._make_room = sock, service, grants, silence_s, make_room
+        self._caller = caller
+        self.client = ""
+        """Who used it last."""
         self._segment: Segment | None = None
         self._announced = False
         """Whether the client has the segment's descriptor."""
@@ -136,9 +142,12 @@ class Lane:
     def _answer(self, kind: bytes, body: bytes) -> None:
         service = self._service
         if kind == frames.HELLO:
-            self._send(frames.WELCOME, pack(service.hello(unpack(Hello, body))))
+            hello = unpack(Hello, body)
+            self.client = hello.client
+            self._send(frames.WELCOME, pack(service.hello(hello, self._caller(hello.client))))
         elif kind == frames.STATUS:
-            self._send(frames.STATE, pack(service.status(unpack_name(body))))
+            self.client = unpack_name(body)
+            self._send(frames.STATE, pack(service.status(self.client)))
         elif kind == frames.GOLDEN:
             with service.golden_answering(unpack(Golden, body)) as answer:
                 ready = self._written(answer)
@@ -146,6 +155,7 @@ class Lane:
             self._hand_over(ready)
         elif kind == frames.GET:
             request = unpack(GetBatch, body)
+            self.client = request.client
             with self._grants.request(request.client):
                 # The lease ends with the copy: from then on the segment counts, and not the answer.
                 with service.answering(request) as answer:

@@ -19,11 +19,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from m2mkd_ds.teacher.protocol import codec
+from m2mkd_ds.teacher.protocol.buffers import BufferPool
 from m2mkd_ds.teacher.protocol.wire import TORCH_DTYPES, Answer, LinkError
-from m2mkd_ds.teacher.shm.buffers import ReceiveBuffers
 from m2mkd_ds.teacher.shm.frames import Ready
 
 HEADER_BYTES = 4096
@@ -115,8 +114,14 @@ class SegmentView:
         self.num_bytes = num_bytes
         self._data = np.frombuffer(self._map, dtype=np.uint8)
 
-    def read(self, ready: Ready, buffers: ReceiveBuffers, max_bytes: int, accept: codec.Accept | None = None) -> Answer:
-        """A copy of the answer. Raises LinkError(corrupt) for anything but the announced bytes, and what `accept` raises."""
+    def read(
+        self, ready: Ready, pool: BufferPool, max_bytes: int, accept: codec.Accept | None = None, *, wait_s: float = 60.0
+    ) -> Answer:
+        """A copy of the answer, in memory of `pool`.
+
+        Raises LinkError, corrupt for anything but the announced bytes and deadline when no memory came back for `wait_s`, and what
+        `accept` raises.
+        """
         head, specs = codec.parse_head(ready.head, max_bytes)
         if accept is not None:
             accept(head, specs)
@@ -126,19 +131,17 @@ class SegmentView:
             raise LinkError("corrupt", "the head announces tensors that do not fit into the segment")
         self._check_generation(ready.generation)
         try:
-            room = buffers.lend(end)
-        except (OSError, OverflowError, MemoryError) as err:
+            arena = pool.take(end, wait_s)
+            tensors = {spec.name: arena.tensor(spec.shape, TORCH_DTYPES[spec.dtype]) for spec in specs}
+        except LinkError:
+            raise
+        except (RuntimeError, OSError, OverflowError, MemoryError) as err:  # RuntimeError: more elements than torch can count
             raise codec.no_room(specs, err) from None
-        arrays = room.numpy()
         sums = [codec.checksum(ready.head)]
-        for start, size in zip(starts, sizes, strict=True):
-            sums.extend(_copy(arrays[start : start + size], self._data[HEADER_BYTES + start :][:size]))
+        for tensor, start, size in zip(tensors.values(), starts, sizes, strict=True):
+            sums.extend(_copy(tensor.reshape(-1).view(torch.uint8).numpy(), self._data[HEADER_BYTES + start :][:size]))
         self._check_generation(ready.generation)
-        try:
-            tensors = {spec.name: _tensor(room, start, spec) for spec, start in zip(specs, starts, strict=True)}
-        except RuntimeError as err:  # no elements, and more in some dimensions than torch can count
-            raise codec.no_room(specs, err) from None
-        answer = Answer(head, tensors)
+        answer = Answer(head, tensors, arena)
         codec.check_tail(ready.tail, sums, answer.num_bytes)
         return answer
 
@@ -150,10 +153,6 @@ class SegmentView:
         magic, generation = _HEADER.unpack_from(self._map)
         if (magic, generation) != (_MAGIC, expected):
             raise LinkError("corrupt", f"the segment holds generation {generation}, the answer is {expected}: it was written too early")
-
-
-def _tensor(room: Tensor, start: int, spec: codec.TensorSpec) -> Tensor:
-    return room[start : start + spec.num_bytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> Iterator[int]:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from m2mkd_ds.teacher.protocol.wire import FeedError
-from m2mkd_ds.teacher.server.service import TeacherService
+from m2mkd_ds.teacher.server.admission import Caller
+from m2mkd_ds.teacher.server.coming import Service
 from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm import socket as shm_socket
 from m2mkd_ds.teacher.shm.lanes import Grants, Lane
@@ -35,7 +36,7 @@ class ShmTransport:
 
     def __init__(
         self,
-        service: TeacherService,
+        service: Service,
         path: str | Path,
         *,
         max_lanes: int = 64,
@@ -135,7 +136,7 @@ class ShmTransport:
         return None
 
     def _serve(self, sock: socket.socket) -> None:
-        lane = Lane(sock, self._service, self._grants, self._silence_s, self._make_room)
+        lane = Lane(sock, self._service, self._grants, self._silence_s, self._make_room, self._caller)
         thread = threading.Thread(target=self._run, args=(lane,), name="shm-lane", daemon=True)
         with self._lock:
             self._lanes[lane] = thread
@@ -152,6 +153,9 @@ class ShmTransport:
         finally:
             with self._lock:
                 del self._lanes[lane]
+
+    def _caller(self, client: str) -> Caller:
+        return Caller("this host", lambda: any(lane.client == client for lane in self._open()))
 
     def _make_room(self) -> None:
         """End the lane that has been idle for longest: its memory serves somebody who asks."""

@@ -12,20 +12,23 @@ import torch
 from torch import nn
 
 from m2mkd_ds.checkpoint.mapping import load_exact
-from m2mkd_ds.config import DistillConfig, PhaseConfig, TeacherConfig
+from m2mkd_ds.config import DistillConfig, PhaseConfig, TeacherConfig, to_dict
 from m2mkd_ds.data.order import order_name
 from m2mkd_ds.data.plan import BatchLayout, StreamState
+from m2mkd_ds.data.remote.addresses import redact
 from m2mkd_ds.distill.hybrid import FrozenMeta
 from m2mkd_ds.distill.pairs import TeachingPair
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine, Engine
 from m2mkd_ds.distributed.expert_parallel import has_experts, shard_experts_
 from m2mkd_ds.teacher.feed import TeacherBatch
+from m2mkd_ds.trackers.trackers import Trackers, open_trackers
 from m2mkd_ds.train.bad_samples import resolve_cap
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.evaluate import Output, Score, evaluate
 from m2mkd_ds.train.feeds import FeedPlan, evaluation_loader, make_feed
 from m2mkd_ds.train.job import Job, Trainee
+from m2mkd_ds.train.lineage import lineage
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.schedule import num_steps
@@ -63,9 +66,14 @@ def run_evaluation(
     *,
     in_step: bool = False,
 ) -> dict[str, Score]:
-    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks."""
+    """Score models on the run's validation shards. `in_step`: a forward pass of some model talks to other ranks.
+
+    Raises EvaluationAbandoned, on every rank, when any was asked to stop meanwhile.
+    """
     with closing(evaluation_loader(ctx, batch_size=256)) as loader:
-        return evaluate(prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step)
+        return evaluate(
+            prepare, models, loader, ctx.world, num_images=ctx.val_index.num_samples, dtype=dtype, in_step=in_step, stop=ctx.stop
+        )  # fmt: skip
 
 
 def scored(forward: Callable[[Any], Any]) -> Callable[[Any], Output]:
@@ -131,7 +139,10 @@ def whole_model_job(ctx: RunContext, name: str, phase: PhaseConfig, module: nn.M
         folder=trainee.folder,
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
-        tensorboard=ctx.config.tensorboard,
+        open_trackers=lambda trainee: trackers_of(ctx, trainee),
+        checkpoint=ctx.config.checkpoint,
+        lineage=lineage(ctx, node, None),
+        stop=ctx.stop,
     )
 
 
@@ -187,8 +198,29 @@ def pair_job(
         folder=ctx.root / name if len(pairs) == len(ctx.pairs) else trainees[0].folder,
         stream=stream_start(ctx, phase),
         max_bad_samples=resolve_cap(ctx.config.data.max_bad_samples, ctx.train_index.num_samples),
-        tensorboard=ctx.config.tensorboard,
+        open_trackers=lambda trainee: trackers_of(ctx, trainee),
+        checkpoint=ctx.config.checkpoint,
+        lineage=lineage(ctx, node, None),
+        stop=ctx.stop,
     )  # fmt: skip
+
+
+def trackers_of(ctx: RunContext, trainee: Trainee) -> Trackers | None:
+    """Who else gets this trainee's metrics, as the config says."""
+    config = ctx.config
+    return open_trackers(
+        config.trackers, trainee.folder, project=config.name, name=f"{ctx.root.name} {trainee.name}",
+        config=without_secrets(to_dict(config)), resume_step=trainee.step,
+    )  # fmt: skip
+
+
+def without_secrets(tree: Any) -> Any:
+    """Plain data with the credentials taken out of the addresses in it."""
+    if isinstance(tree, dict):
+        return {key: without_secrets(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_secrets(value) for value in tree]
+    return redact(tree) if isinstance(tree, str) and ("://" in tree or tree.startswith("pipe:")) else tree
 
 
 def stream_start(ctx: RunContext, phase: PhaseConfig) -> StreamState:

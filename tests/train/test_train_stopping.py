@@ -1,0 +1,245 @@
+"""One run that is stopped, hung and killed in every way, and goes on each time as if nothing had happened.
+
+Two ranks with a loader worker each, by the real launcher. Each start goes on from what the one before has left; at the end the weights
+are those of a run that nobody disturbed, bit for bit, and so are the scores of its evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m2mkd_ds.logs import read_metrics
+from m2mkd_ds.train.pipeline import write_config
+from tests.launching import free_port, launcher_command, rank_environment
+from tests.train import stop_job
+from tests.train.kill_resume_job import PHASE, STEPS
+from tests.train.stop_job import EVAL_STEPS, LIMIT_S, stop_config
+from tests.train.test_train_kill_resume import write_noise
+
+SCRIPT = Path(stop_job.__file__)
+pytestmark = pytest.mark.timeout(1800)  # eight launches, on a machine that may be busy
+
+
+@dataclass
+class Job:
+    """A running job, and what is known of it."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    """RUN/<phase>."""
+    everybody: list[psutil.Process] = field(default_factory=list)
+    """Launcher, ranks, workers and the workers' server, as they were when the test struck."""
+
+    def rank(self, number: int) -> int:
+        """Its process id, by its heartbeat."""
+        return int(json.loads((self.folder / "heartbeats" / f"rank-{number}.json").read_text())["pid"])
+
+    def above(self, number: int) -> int:
+        """The launcher's processes: 1 is launch.py, 2 the `deepspeed` command."""
+        process = psutil.Process(self.rank(0))
+        for _ in range(number):
+            process = process.parent()
+        return process.pid
+
+
+@dataclass
+class Ended:
+    """How a job ended."""
+
+    code: int
+    output: str
+    seconds: float
+    """From the strike to the last record, which rank 0 writes just before it leaves."""
+    left: list[str]
+    """Processes that were still there ten seconds later."""
+    outcome: dict[str, Any]
+    failures: dict[int, dict[str, Any]]
+
+
+def strike(out: Path, place: str, fault: Callable[[Job], None], *, verb: str = "pipeline", release_s: float | None = 0.5) -> Ended:
+    """Start the run, wait until both ranks stand at `place`, do `fault`, let them go on after `release_s` (None: never)."""
+    mark = f"stopped.{place.replace(':', '')}"
+    config = out / "stopped" / "config.yaml"
+    words = [str(SCRIPT), str(out), mark, place]
+    if verb == "pipeline":
+        command = [sys.executable, *words, "pipeline", "--config", str(config), "--until", PHASE]
+    else:
+        command = [*launcher_command(2, free_port()), *words, "train", "--config", str(config), "--phase", PHASE]
+    with started(out, command) as job:
+        wait_until(lambda: all((out / f"{mark}.ready.{rank}").exists() for rank in (0, 1)), job, 300)
+        time.sleep(1.2)  # heartbeats tell where the ranks are
+        job.everybody = psutil.Process(job.process.pid).children(recursive=True)
+        began = time.time()
+        fault(job)
+        if release_s is not None:
+            time.sleep(release_s)
+            (out / f"{mark}.go").touch()
+        output, _ = job.process.communicate(timeout=400)
+        _, alive = psutil.wait_procs(job.everybody, timeout=10)
+        outcome, failures = records(job.folder)
+        return Ended(job.process.returncode, output, outcome["time"] - began, [" ".join(p.cmdline()) for p in alive], outcome, failures)
+
+
+@contextmanager
+def started(out: Path, command: list[str]) -> Iterator[Job]:
+    job = Job(
+        subprocess.Popen(
+            command, env=rank_environment(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        ),
+        out / "stopped" / PHASE,
+    )  # fmt: skip
+    try:
+        yield job
+    finally:
+        for process in [*job.everybody, *([psutil.Process(job.process.pid)] if job.process.poll() is None else [])]:
+            if process.is_running():
+                process.kill()
+
+
+def wait_until(condition: Callable[[], bool], job: Job, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.process.poll() is None, job.process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def records(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    failures = [json.loads(file.read_text()) for file in folder.glob("failed-*.json")]
+    return json.loads((folder / "outcome.json").read_text()), {failure["rank"]: failure for failure in failures}
+
+
+def run_free(out: Path, name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(out), name, "free", "pipeline", "--config", str(out / name / "config.yaml")]
+    return subprocess.run(
+        [*command, "--until", PHASE], env=rank_environment(out), capture_output=True, text=True, timeout=400, check=False
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Course:
+    """Everything that happened, in order."""
+
+    out: Path
+    signalled_rank: Ended
+    in_evaluation: Ended
+    runner_killed: Ended
+    launcher_signalled: Ended
+    rank_frozen: Ended
+    rank_killed: Ended
+    last: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
+    out = tmp_path_factory.mktemp("stopping")
+    write_noise(out / "shards")
+    for name in ("straight", "stopped"):
+        write_config(stop_config(out, name))
+    straight = run_free(out, "straight")
+    assert straight.returncode == 0, straight.stderr[-4000:]
+    return Course(
+        out,
+        strike(out, "step:2", lambda job: os.kill(job.rank(1), signal.SIGTERM), verb="train"),
+        strike(out, "evaluate", lambda job: job.process.send_signal(signal.SIGTERM)),
+        strike(out, "step:7", lambda job: os.kill(job.above(2), signal.SIGKILL), release_s=3.0),
+        strike(out, "step:8", lambda job: os.kill(job.above(1), signal.SIGTERM)),
+        strike(out, "step:10", lambda job: os.kill(job.rank(1), signal.SIGSTOP)),
+        strike(out, "step:11", lambda job: os.kill(job.rank(1), signal.SIGKILL), release_s=1.0),
+        run_free(out, "stopped"),
+    )
+
+
+def stops(course: Course) -> dict[str, tuple[Ended, int]]:
+    """Requests to stop, with the step that was saved."""
+    return {
+        "signalled_rank": (course.signalled_rank, 2), "in_evaluation": (course.in_evaluation, EVAL_STEPS),
+        "runner_killed": (course.runner_killed, 7), "launcher_signalled": (course.launcher_signalled, 8),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["signalled_rank", "in_evaluation", "runner_killed", "launcher_signalled"])
+def test_a_request_to_stop_saves_the_step_on_all_ranks_and_exits_75_in_time(course: Course, name: str) -> None:
+    ended, step = stops(course)[name]
+    assert ended.code == 75, ended.output[-4000:]
+    assert (ended.outcome["state"], ended.outcome["step"], ended.outcome["exit_code"]) == ("stopped", step, 75)
+    assert ended.failures == {} and ended.seconds < 25
+    assert f"stopped on request in {PHASE} at step {step} (" in ended.output
+
+
+@pytest.mark.parametrize("name", ["signalled_rank", "in_evaluation", "runner_killed", "launcher_signalled", "rank_frozen", "rank_killed"])
+def test_no_process_of_the_job_is_left(course: Course, name: str) -> None:
+    ended: Ended = getattr(course, name)
+    assert ended.left == []
+
+
+def test_the_record_says_who_asked(course: Course) -> None:
+    assert course.runner_killed.outcome["cause"].startswith("the launcher's process ")
+    assert "deepspeed.launcher.runner" in course.runner_killed.outcome["cause"]
+    assert course.in_evaluation.outcome["cause"] == course.launcher_signalled.outcome["cause"] == "SIGTERM"
+    assert course.signalled_rank.outcome["cause"] == "asked of another rank"  # rank 0 writes, rank 1 was asked
+    assert course.signalled_rank.outcome["launcher"] == "deepspeed"
+
+
+def test_a_frozen_rank_is_named_with_its_section_and_the_job_ends(course: Course) -> None:
+    ended = course.rank_frozen
+    assert ended.code == 76
+    diagnosis = ended.failures[0]
+    assert diagnosis["kind"] == "hang" and diagnosis["rank"] == 0
+    assert "rank 1 on " in diagnosis["cause"] and "has not been heard of for" in diagnosis["cause"]
+    assert "last seen in `forward` of step 10, pair 0;" in diagnosis["cause"]
+    # DeepSpeed reduces gradients inside `backward`.
+    assert "; this rank (0) stays in `backward` of step 10, pair 0 since " in diagnosis["cause"]
+    assert f"m2mkd_ds: hung: {diagnosis['cause']}" in ended.output
+    assert f"m2mkd: m2mkd_ds {PHASE} failed on rank 0 (host " in ended.output
+
+
+def test_the_diagnosis_comes_within_five_seconds_of_the_limit(course: Course) -> None:
+    # Rank 0 goes on 0.5 s after the strike, and stands in the collective from then on.
+    struck = course.rank_frozen.outcome["time"] - os.stat(course.out / "stopped.step10.go").st_mtime
+    assert LIMIT_S - 1 < struck < LIMIT_S + 5
+
+
+def test_a_killed_rank_is_missed_and_named_by_the_other_one(course: Course) -> None:
+    ended = course.rank_killed
+    assert ended.code == 1
+    assert ended.failures.keys() == {0} and ended.failures[0]["kind"] == "peer"
+    assert " has gone without a word: killed? last seen in `forward` of step 11, pair 0" in ended.failures[0]["cause"]
+    assert ended.outcome["state"] == "failed" and ended.seconds < 25
+    assert f"m2mkd_ds {PHASE} failed on rank 0 (host " in ended.output and " at step 11, in " in ended.output
+
+
+def test_the_weights_are_those_of_the_undisturbed_run_bit_for_bit(course: Course) -> None:
+    assert course.last.returncode == 0, course.last.stderr[-4000:]
+    straight, stopped = (load_file(course.out / name / PHASE / "weights.safetensors") for name in ("straight", "stopped"))
+    assert straight.keys() == stopped.keys() and all(torch.equal(straight[key], stopped[key]) for key in straight)
+
+
+def test_evaluations_that_a_stop_left_out_are_made_up_for(course: Course) -> None:
+    scores = {}
+    for name in ("straight", "stopped"):
+        lines = [line for line in read_metrics(course.out / name / PHASE / "metrics.jsonl") if "eval/top1" in line]
+        scores[name] = [(line["step"], line["eval/top1"], line["eval/loss"]) for line in lines]
+    assert [step for step, _, _ in scores["straight"]] == [EVAL_STEPS, 2 * EVAL_STEPS, STEPS]
+    assert scores["stopped"] == scores["straight"]
+
+
+def test_a_run_that_ended_well_has_its_record_and_no_heartbeats(course: Course) -> None:
+    outcome, failures = records(course.out / "stopped" / PHASE)
+    assert outcome["state"] == "done" and failures == {}
+    assert list((course.out / "stopped" / PHASE / "heartbeats").iterdir()) == []
