@@ -87,6 +87,7 @@ def test_a_quick_run_has_two_ranks_at_most_and_the_command_can_be_typed_again() 
     assert bench.command() == "m2mkd bench scaling --steps 20 --quick"
 
 
+@pytest.mark.slow
 def test_two_ranks_are_launched_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     words = "--ranks 2 --dim 64 --experts 4 --micro-batch 2 --steps 2 --warm-up 1 --workloads m2mkd --layouts zero2 zero2_ep"
