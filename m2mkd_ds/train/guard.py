@@ -19,7 +19,7 @@ import torch.distributed
 
 from m2mkd_ds.checkpoint.atomic import StoreError
 from m2mkd_ds.config import WatchConfig
-from m2mkd_ds.distributed.activity import CollectiveError, Snapshot, first_line, section, where_raised
+from m2mkd_ds.distributed.activity import CollectiveError, Snapshot, first_line, section, snapshot, where_raised
 from m2mkd_ds.distributed.rank_files import Failure, failure_file, heartbeat_file, remove_records, write_record
 from m2mkd_ds.distributed.suspects import Observer
 from m2mkd_ds.distributed.watchdog import HANG_CODE, Watchdog, Watched
@@ -104,7 +104,8 @@ def guarded(watch: WatchConfig, world: World, phase: str, folder: Path, stop: St
     try:
         with section("start", limit="start", may_wait=True):
             yield
-        guard.outcome(Outcome(state="done", phase=phase, launch=guard.launch))
+            last_step = snapshot().step
+        guard.outcome(Outcome(state="done", phase=phase, launch=guard.launch, step=last_step))
         ended_well = True
     except StopRequested as stopped:
         guard.outcome(Outcome(

@@ -35,7 +35,7 @@ class Outcome:
     launch: str
     """Name of this start of the job."""
     step: int = 0
-    """Optimizer steps that are saved (stopped), or the step that was worked on (failed), from 1."""
+    """Optimizer steps that are saved (stopped), or the last step that this start worked on (done, failed), from 1; 0: none."""
     cause: str = ""
     exit_code: int = 0
     rank: int = 0
