@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ def examine(request: dict[str, str]) -> dict[str, Any]:
         "own_name": _or_error(lambda: sorted({str(row[4][0]) for row in socket.getaddrinfo(socket.gethostname(), None)})),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": _or_error(_num_gpus),
-        "route": _or_error(lambda: _route(request["master"])),
-        "run_dir": _or_error(lambda: _folder(request["run_dir"], request["token"])) if request["run_dir"] else None,
-        **{part: _or_error(lambda part=part: _shards(request[part])) if request[part] else None for part in ("train", "validation")},
+        "route": _or_error(partial(_route, request["master"])),
+        "run_dir": _or_error(partial(_folder, request["run_dir"], request["token"])) if request["run_dir"] else None,
+        **{part: _or_error(partial(_shards, request[part])) if request[part] else None for part in ("train", "validation")},
     }
 
 
