@@ -45,9 +45,7 @@ class VMoEImageProcessor(BaseImageProcessor):
         self.do_resize, self.do_center_crop = do_resize, do_center_crop
         self.do_rescale, self.do_normalize = do_rescale, do_normalize
 
-    def preprocess(  # type: ignore[override]  # one positional argument only
-        self, images: Any, return_tensors: str | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """One image or a list: Pillow images, arrays or tensors (uint8 0..255, or floats 0..1), addresses or paths.
 
         `kwargs` replace settings for this call. Raises ValueError for a setting that does not exist, TypeError for what is no image.
@@ -57,7 +55,8 @@ class VMoEImageProcessor(BaseImageProcessor):
         if unknown:
             raise ValueError(f"unknown image setting {unknown[0]!r}; allowed are {', '.join(_SETTINGS)}")
         settings |= {name: value for name, value in kwargs.items() if value is not None}
-        flat = make_flat_list_of_images(self.fetch_images(images))
+        fetched: Any = self.fetch_images(images)  # its declared type is narrower than what it returns
+        flat: Any = make_flat_list_of_images(fetched)
         pixels = [_pixels(image, settings) for image in flat]
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 
