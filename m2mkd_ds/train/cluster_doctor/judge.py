@@ -45,9 +45,10 @@ _WHY = {
 
 def notes_of(answer: Answer) -> list[str]:
     """What is no problem, because it is handled, and still good to know."""
-    names = (answer.facts or {}).get("own_name")
-    route = (answer.facts or {}).get("route") or {}
-    if isinstance(names, list) and "interface" in route and all(ipaddress.ip_address(n).is_loopback for n in names):
+    if answer.facts is None:
+        return []
+    names, route = answer.facts["own_name"], answer.facts["route"]
+    if isinstance(names, list) and "interface" in route and all(ipaddress.ip_address(name).is_loopback for name in names):
         where = ", ".join(names)
         return [f"{answer.host}: its own name means {where}, which gloo alone would take; ranks are told {route['interface']}"]
     return []
