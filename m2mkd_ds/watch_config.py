@@ -1,7 +1,7 @@
 """WatchConfig: how long a rank may stay in one section before its watchdog ends it. A branch of the tree in config.py, which re-exports it.
 
 A *section* is what the main thread does at the moment (`forward`, `wait for data`, collective `agree on losses`): see
-distributed/activity.py. Nothing here changes a bit of a result.
+distributed/watch/activity.py. Nothing here changes a bit of a result.
 """
 
 from __future__ import annotations

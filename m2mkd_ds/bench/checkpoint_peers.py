@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from m2mkd_ds.bench.checkpoint_options import Peer
-from m2mkd_ds.checkpoint.async_commit import Committer
-from m2mkd_ds.checkpoint.attempt import Ranks
-from m2mkd_ds.checkpoint.commit import Write
+from m2mkd_ds.checkpoint.saves.async_commit import Committer
+from m2mkd_ds.checkpoint.saves.attempt import Ranks
+from m2mkd_ds.checkpoint.saves.commit import Write
 from m2mkd_ds.checkpoint_config import CheckpointConfig
 from m2mkd_ds.distributed.engine import Engine, Snapshot
 from m2mkd_ds.distributed.world import World, broadcast_object

@@ -22,7 +22,7 @@ from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vit import build_stage
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.context import open_run
-from m2mkd_ds.train.evaluate import Score
+from m2mkd_ds.train.evaluation.evaluate import Score
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.loop import train
 from m2mkd_ds.train.nodes import find_node, fingerprint
