@@ -42,7 +42,7 @@ class _Outliving:
 def outliving_readers() -> Iterator[None]:
     """Inside the block, writing to stdout and stderr does not fail because their readers have gone."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Outliving(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (_Outliving(stream) for stream in before)
     try:
         yield
     finally:
