@@ -1,7 +1,7 @@
 """WatchConfig: how long a rank may stay in one section before its watchdog ends it. A branch of the tree in config.py, which re-exports it.
 
 A *section* is what the main thread does at the moment (`forward`, `wait for data`, collective `agree on losses`): see
-distributed/activity.py. Nothing here changes a bit of a result.
+distributed/watch/activity.py. Nothing here changes a bit of a result.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ class WatchConfig:
     start_s: float = 300.0
     """Joining the job, reading data and checkpoints, making engines; also how long the ranks wait for one that never starts."""
     step_s: float = 600.0
-    """A part of a training step, the first one with its compilations included; above teacher.patience_s."""
+    """A part of a training step; above teacher.patience_s. In the first step, which starts workers and compiles, the longer of this and
+    `start_s`."""
     eval_s: float = 1800.0
     """A batch of an evaluation, or the wait at its end for a rank that has more images."""
     save_s: float = 1800.0
     """Writing a checkpoint or a result, or the wait for the rank that does."""
+
+    @property
+    def first_step_s(self) -> float:
+        """The limit in the first step of a start; 0 for none."""
+        return max(self.start_s, self.step_s) if self.start_s and self.step_s else 0.0
 
     @property
     def collective_timeout_s(self) -> float:

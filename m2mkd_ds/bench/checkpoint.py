@@ -142,11 +142,12 @@ def _measure(options: CheckpointBench, world: World, folder: Path) -> tuple[list
     for saver in savers.values():
         saver.close()
     training.engine.close()
-    rows = [
-        CheckpointRow(peer, *(Spread.of([getattr(s, key) for s in taken]) for key in ("blocked_ms", "on_disk_ms", "lost_ms")), taken)
-        for peer, taken in samples.items()
-    ]
-    return rows, Spread.of(idle), _bytes(training.state)
+    return [_row(peer, taken) for peer, taken in samples.items()], Spread.of(idle), _bytes(training.state)
+
+
+def _row(peer: str, taken: list[Sample]) -> CheckpointRow:
+    blocked, on_disk, lost = (Spread.of([getattr(one, key) for one in taken]) for key in ("blocked_ms", "on_disk_ms", "lost_ms"))
+    return CheckpointRow(peer, blocked, on_disk, lost, taken)
 
 
 def _save_once(saver: Saver, training: _Training, number: int, step_ms: float) -> Sample:

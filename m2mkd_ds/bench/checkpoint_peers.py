@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from m2mkd_ds.bench.checkpoint_options import Peer
-from m2mkd_ds.checkpoint.async_commit import Committer
-from m2mkd_ds.checkpoint.attempt import Ranks
-from m2mkd_ds.checkpoint.commit import Write
+from m2mkd_ds.checkpoint.saves.async_commit import Committer
+from m2mkd_ds.checkpoint.saves.attempt import Ranks
+from m2mkd_ds.checkpoint.saves.commit import Write
 from m2mkd_ds.checkpoint_config import CheckpointConfig
 from m2mkd_ds.distributed.engine import Engine, Snapshot
 from m2mkd_ds.distributed.world import World, broadcast_object
@@ -100,7 +101,13 @@ class Dcp:
             self._drop(number - 1)
             return Pending()
         future = dcp.async_save(self._tensors, checkpoint_id=folder)
-        return Pending(future.done, lambda: (future.result(), self._drop(number - 1)))  # type: ignore[union-attr]
+        assert isinstance(future, Future)  # another type comes only where staging is asked to be asynchronous, too
+
+        def wait() -> None:
+            future.result()
+            self._drop(number - 1)
+
+        return Pending(future.done, wait)
 
     def _drop(self, number: int) -> None:
         """As our retention does: one checkpoint stays."""

@@ -56,7 +56,7 @@ CASES = (
     MemoryCase(name="bf16, ZeRO-2", ranks=2, stage=2, precision="bf16", width=192, bucket=2_000_000),
 )
 SPREAD_CASE = MemoryCase(name="small, spread experts", ranks=2, stage=2, ep_size=2, width=128, micro_batch=16, bucket=500_000, blocks=1)
-SMALL_CASE = MemoryCase(name="small", ranks=1, stage=2, width=128, micro_batch=16, bucket=500_000, blocks=1)
+SMALL_CASE = MemoryCase(name="small", ranks=1, stage=2, width=128, micro_batch=16, bucket=100_000, blocks=1)
 """For a first look, and for tests."""
 
 

@@ -55,7 +55,7 @@ class ScalingRow:
 
 def make_rows(jobs: Sequence[Measured], micro_batch: int) -> list[ScalingRow]:
     """Rows by workload and layout, ranks ascending. Raises RuntimeError where collectives ran that were not measured."""
-    rates = {(job.workload, job.layout, job.ranks): _rate(job, micro_batch) for job in jobs}
+    rates: dict[tuple[str, str, int], float] = {(job.workload, job.layout, job.ranks): _rate(job, micro_batch) for job in jobs}
     rows = []
     for job in sorted(jobs, key=lambda job: (job.workload != "m2mkd", job.layout, job.ranks)):
         if job.unmeasured:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from m2mkd_ds.checkpoint.hf_files import parse_size
+from m2mkd_ds.checkpoint.hf.files import parse_size
 from m2mkd_ds.checkpoint.store import read_weights
 from m2mkd_ds.checkpoint.student_files import StudentFiles, open_student
 from m2mkd_ds.logs import logger

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, read_json, replacing, write_json_atomic
-from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
-from m2mkd_ds.checkpoint.manifest import verify_checkpoint
-from m2mkd_ds.checkpoint.safetensors_stream import METADATA_KEY
+from m2mkd_ds.checkpoint.saves.commit import commit_checkpoint, latest_checkpoint
+from m2mkd_ds.checkpoint.saves.manifest import verify_checkpoint
+from m2mkd_ds.checkpoint.state.safetensors_stream import METADATA_KEY
 
 __all__ = [
     "StoreError",

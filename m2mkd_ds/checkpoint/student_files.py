@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.atomic import StoreError, read_json
-from m2mkd_ds.checkpoint.hf_config import arch_from_config_json, data_from_processor
-from m2mkd_ds.checkpoint.hf_load import class_names_of
-from m2mkd_ds.checkpoint.hf_manifest import MODEL_TYPE, verify_manifest
+from m2mkd_ds.checkpoint.hf.config import arch_from_config_json, data_from_processor
+from m2mkd_ds.checkpoint.hf.load import class_names_of
+from m2mkd_ds.checkpoint.hf.manifest import MODEL_TYPE, verify_manifest
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights, weight_shapes
 from m2mkd_ds.config import DataConfig, RunConfig, load

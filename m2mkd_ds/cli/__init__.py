@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _say(err)
         sys.exit(code)
     except Exception as err:
-        from m2mkd_ds.train.stopping import STOP_CODE, StopRequested
+        from m2mkd_ds.train.ending.stopping import STOP_CODE, StopRequested
 
         if not isinstance(err, StopRequested):
             raise
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _say(err: Exception) -> None:
     """One line on stderr, whose reader may have gone with a launcher that was killed: the exit code must come out all the same."""
-    from m2mkd_ds.train.closed_output import outliving_readers
+    from m2mkd_ds.train.ending.closed_output import outliving_readers
 
     with outliving_readers():
         sys.stderr.write(f"m2mkd: {err}\n")
@@ -130,11 +130,11 @@ def _say(err: Exception) -> None:
 
 def _code_of_known(err: RuntimeError) -> int | None:
     """The exit code for errors whose text is a sentence for people; None for others, which keep their traceback."""
-    from m2mkd_ds.checkpoint.hf_push import HubError
-    from m2mkd_ds.distributed.rendezvous import MissingRanksError
+    from m2mkd_ds.checkpoint.hf.push import HubError
+    from m2mkd_ds.distributed.start.rendezvous import MissingRanksError
     from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
-    from m2mkd_ds.train.guard import PeerLostError
-    from m2mkd_ds.train.launch import LaunchError
+    from m2mkd_ds.train.ending.guard import PeerLostError
+    from m2mkd_ds.train.launching.launch import LaunchError
     from m2mkd_ds.train.loop import NonFiniteLossError
 
     if isinstance(err, (LaunchError, NonFiniteLossError, PeerLostError)):

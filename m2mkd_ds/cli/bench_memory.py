@@ -85,7 +85,7 @@ def _chosen(names: tuple[str, ...], quick: bool) -> list[MemoryCase]:
 
 def _measure(case: MemoryCase) -> list[MemoryRow]:
     """Launch a case, read what its ranks say, predict. Raises LaunchError when the job fails."""
-    from m2mkd_ds.train.launch import run_here
+    from m2mkd_ds.train.launching.launch import run_here
 
     logger.info("case %s: %d rank(s)", case.name, case.ranks)
     with tempfile.TemporaryDirectory(prefix="m2mkd_memory_") as scratch:

@@ -48,7 +48,7 @@ def run_in_job(bench: ScalingBench) -> None:
 
 def run_jobs(bench: ScalingBench) -> str:
     """Launch a job for every number of ranks, one after the other. Raises LaunchError when one fails."""
-    from m2mkd_ds.train.launch import run_here
+    from m2mkd_ds.train.launching.launch import run_here
 
     started = time.perf_counter()
     jobs: list[Measured] = []

@@ -37,7 +37,7 @@ def reshard(
         dp: Ranks that hold the same experts. The checkpoint is laid out for ep x dp ranks.
         zero: ZeRO stage to lay it out for; that of the source by default.
     """
-    from m2mkd_ds.checkpoint.reshard import reshard as reshard_checkpoint
+    from m2mkd_ds.checkpoint.state.reshard import reshard as reshard_checkpoint
 
     setup_logging()
     done = reshard_checkpoint(source, target, ep_size=ep, data_size=dp, zero_stage=zero)
@@ -66,8 +66,8 @@ def consolidate(
         what: The fp32 weights, their moving average, or all: weights, KIND/NAME for moments and average, scalar/step.
         max_shard_size: Cut into NAME-00001-of-00003.safetensors, ... of at most this size, such as 2GB or 500MiB.
     """
-    from m2mkd_ds.checkpoint.consolidate import consolidate as consolidate_checkpoint
-    from m2mkd_ds.checkpoint.consolidate import parse_bytes
+    from m2mkd_ds.checkpoint.state.consolidate import consolidate as consolidate_checkpoint
+    from m2mkd_ds.checkpoint.state.consolidate import parse_bytes
 
     setup_logging()
     limit = parse_bytes(max_shard_size) if max_shard_size else None
@@ -84,7 +84,7 @@ def inspect(path: tyro.conf.Positional[Path], /, *, as_json: Annotated[bool, tyr
         path: A checkpoint folder, a .safetensors file, or a folder with checkpoints below it (a phase, a run).
         as_json: Print it as JSON.
     """
-    from m2mkd_ds.checkpoint.describe import as_text, describe
+    from m2mkd_ds.checkpoint.state.describe import as_text, describe
 
     setup_logging()
     tree = describe(path)

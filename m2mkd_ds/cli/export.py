@@ -57,10 +57,11 @@ def export(
         _push(run, push, private=private, revision=revision, dry_run=dry_run)
         return
     config = replace(load(run / "config.yaml"), run_dir=str(run.resolve()))
-    changes = {"max_shard_size": max_shard_size, "license": licence}
-    config = replace(config, export=replace(config.export, **{key: value for key, value in changes.items() if value}))
+    said = config.export
+    said = replace(said, max_shard_size=max_shard_size or said.max_shard_size, license=licence or said.license)
+    config = replace(config, export=said)
 
-    from m2mkd_ds.train.export_run import export_run
+    from m2mkd_ds.train.exports.export_run import export_run
 
     if dry_run:
         # Where it is pushed from later does not matter: equal input gives equal bytes.
@@ -80,7 +81,7 @@ def default_target(run: Path, what: str, dtype: str) -> Path:
 
 
 def _push(folder: Path, repo: str, *, private: bool, revision: str, dry_run: bool) -> None:
-    from m2mkd_ds.checkpoint.hf_push import describe, plan_push, push
+    from m2mkd_ds.checkpoint.hf.push import describe, plan_push, push
 
     plan = plan_push(folder, repo, private=private, revision=revision)
     out(describe(plan) if dry_run else push(plan))

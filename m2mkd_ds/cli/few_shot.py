@@ -10,7 +10,7 @@ import tyro
 from m2mkd_ds.cli.app import app, in_world
 from m2mkd_ds.config import ConfigError, load
 from m2mkd_ds.logs import setup_logging
-from m2mkd_ds.train.few_shot_config import FitConfig
+from m2mkd_ds.train.few_shot.config import FitConfig
 
 if TYPE_CHECKING:
     from m2mkd_ds.distributed.world import World
@@ -88,8 +88,8 @@ def few_shot(
         from m2mkd_ds.data.index import ShardIndex
         from m2mkd_ds.data.shard_files import Access
         from m2mkd_ds.report.few_shot import format_few_shot
-        from m2mkd_ds.train.few_shot import run_few_shot
-        from m2mkd_ds.train.few_shot_models import check_names, open_candidates
+        from m2mkd_ds.train.few_shot.models import check_names, open_candidates
+        from m2mkd_ds.train.few_shot.run import run_few_shot
 
         check_names(model)
         access = Access.from_config(load(path / "config.yaml").data) if is_run else Access()

@@ -42,7 +42,7 @@ def onnx(
     """
     if batch != "dynamic" and not batch.isdecimal():
         raise ConfigError(f"--batch is {batch!r}; allowed is `dynamic` or a number from 1")
-    from m2mkd_ds.train.onnx_files import OnnxOptions, student_onnx, teacher_onnx
+    from m2mkd_ds.train.exports.onnx_files import OnnxOptions, student_onnx, teacher_onnx
 
     setup_logging()
     options = OnnxOptions(batch=None if batch == "dynamic" else int(batch), opset=opset, check=check)

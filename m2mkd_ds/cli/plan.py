@@ -86,12 +86,12 @@ def plan(
     from m2mkd_ds.planner.run_plot import draw_run_plan
     from m2mkd_ds.planner.run_text import format_run_plan, plan_to_json
 
-    given = dict(
+    given: dict[str, Any] = dict(
         nodes=nodes, gpus_per_node=gpus_per_node, gpu_memory_gb=gpu_memory_gb, memory_reserve_gb=memory_reserve_gb, tflops=tflops, mfu=mfu,
         gpu_bandwidth=gpu_bandwidth, network_gbps=network_gbps, loader_images_per_s=loader_images_per_s, device=device,
     )  # fmt: skip
     base = read_cluster(cluster) if cluster is not None else RunCluster()
-    hosts = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    hosts = replace(base, **{name: value for name, value in given.items() if value is not None})
     resolved = resolve(config, recipe, "", set)
     names = _phases(resolved, phase)
     if imbalance < 1:

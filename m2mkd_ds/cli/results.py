@@ -13,7 +13,7 @@ import tyro
 
 from m2mkd_ds.cli.app import NONE_GIVEN, app, in_world, out
 from m2mkd_ds.config import ConfigError, RunConfig, load
-from m2mkd_ds.distributed.launched import launched_rank
+from m2mkd_ds.distributed.start.launched import launched_rank
 from m2mkd_ds.logs import setup_logging
 
 
@@ -44,7 +44,7 @@ def evaluate(
     if max_memory and not device_map:
         raise ConfigError("--max-memory says how --device-map auto spreads a model; give both")
     if path.suffix == ".safetensors" and path.is_file():
-        from m2mkd_ds.train.evaluate_weights import evaluate_weights
+        from m2mkd_ds.train.evaluation.of_weights import evaluate_weights
 
         in_world(lambda world: evaluate_weights(path, world, validation))
     elif (path / "config.yaml").is_file():
@@ -60,7 +60,7 @@ def evaluate(
             _evaluate_elsewhere(replace(config, data=replace(config.data, validation=absolute(validation))))
     elif (path / "config.json").is_file():
         from m2mkd_ds.checkpoint.big_models import parse_max_memory
-        from m2mkd_ds.train.evaluate_export import evaluate_export
+        from m2mkd_ds.train.evaluation.of_export import evaluate_export
 
         if not validation:
             raise ConfigError("eval of an exported folder needs --validation SHARDS (a folder or URL with index.json)")
@@ -76,7 +76,7 @@ def _evaluate_elsewhere(config: RunConfig) -> None:
     """All models of a run on other shards than its own; nothing is written."""
     from m2mkd_ds.report import format_table
     from m2mkd_ds.train.context import open_run
-    from m2mkd_ds.train.evaluate_run import score_run
+    from m2mkd_ds.train.evaluation.of_run import score_run
 
     in_world(lambda world: format_table(score_run(open_run(config, world))[1]))
 
@@ -113,7 +113,7 @@ def import_checkpoint(
         depths: Blocks per stage of the whole model, for example 6 6 6 6, where the file does not tell.
         stage: Which stage a single-stage file is.
     """
-    from m2mkd_ds.checkpoint.imports import convert_legacy
+    from m2mkd_ds.checkpoint.legacy.imports import convert_legacy
 
     setup_logging()
     source = sources[0] if len(sources) == 1 else list(sources)
@@ -144,7 +144,7 @@ def doctor(
 
         out(describe_machine())
         return
-    from m2mkd_ds.train.cluster_doctor.run import diagnose
+    from m2mkd_ds.train.launching.cluster_doctor.run import diagnose
 
     setup_logging()
     resolved = replace(load(config), run_dir=str(config.resolve().parent)) if config else None

@@ -13,7 +13,7 @@ from m2mkd_ds.cli.app import Overrides, app, out
 from m2mkd_ds.cli.resolve import ensure_shards, resolve, with_ds_config
 from m2mkd_ds.cli.results import print_results
 from m2mkd_ds.config import PHASES, apply_overrides, dump
-from m2mkd_ds.distributed.launched import launched_rank
+from m2mkd_ds.distributed.start.launched import launched_rank
 from m2mkd_ds.logs import setup_logging
 
 if TYPE_CHECKING:
@@ -127,6 +127,6 @@ def _report_node(ctx: RunContext) -> None:
 
 
 def _export_node(ctx: RunContext) -> None:
-    from m2mkd_ds.train.export_run import export_node
+    from m2mkd_ds.train.exports.export_run import export_node
 
     export_node(ctx)

@@ -59,7 +59,7 @@ def teacher_server(
         out(format_plan(plan_teacher(resolved, cluster)))
         return
     server.check()
-    from m2mkd_ds.train.teacher_serve import serve
+    from m2mkd_ds.train.teacher.serve import serve
 
     setup_logging()
     serve(resolved, server, pair)
@@ -95,7 +95,7 @@ def teacher_export(
         dtype: fp16, bf16 or fp32 (with fp32, training is bit for bit the one with the teacher at hand).
         set: Override config fields.
     """
-    from m2mkd_ds.train.teacher_export import export
+    from m2mkd_ds.train.teacher.export import export
 
     setup_logging()
     out(export(resolve(config, recipe, run_dir, set), out_dir, pairs=pair, ranks=ranks, dtype=dtype))

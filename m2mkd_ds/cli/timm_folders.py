@@ -19,7 +19,7 @@ def export_teacher(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional
         run: Run folder with the node split.
         folder: Target folder; an older one of this kind is replaced.
     """
-    from m2mkd_ds.train.timm_folders import export_run_teacher
+    from m2mkd_ds.train.exports.timm_folders import export_run_teacher
 
     setup_logging()
     out(str(export_run_teacher(run, folder)))
@@ -35,7 +35,7 @@ def export_timm(student: tyro.conf.Positional[Path], folder: tyro.conf.Positiona
     """
     from m2mkd_ds.checkpoint.student_files import open_student
     from m2mkd_ds.timm_models import export_student
-    from m2mkd_ds.train.timm_folders import class_names
+    from m2mkd_ds.train.exports.timm_folders import class_names
 
     setup_logging()
     opened = open_student(student)

@@ -6,7 +6,7 @@ batch; each has its own clipping, norm, learning rate and checkpoint. The order 
     outputs = engine(inputs)      loss = f(outputs)      engine.backward(loss)      norm = engine.step(lr)
 
 and every `gradient_accumulation_steps`-th `step` updates the weights. Checkpoints hold fp32 weights and optimizer state as
-plain tensors (`checkpoint/rank_files.py`), not DeepSpeed's own files: those are pickles that only the same number of ranks can load.
+plain tensors (`checkpoint/state/rank_files.py`), not DeepSpeed's own files: those are pickles that only the same number of ranks can load.
 
     layout.py       which elements lie on which rank           zero_shards.py         where DeepSpeed keeps them, by stage
     flat_state.py   this rank's share of a checkpoint          expert_parallel.py     experts spread over ranks
@@ -26,7 +26,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from m2mkd_ds.checkpoint.rank_files import Description, FileRecord, RankFiles
+from m2mkd_ds.checkpoint.state.rank_files import Description, FileRecord, RankFiles
 from m2mkd_ds.distributed.expert_parallel import ParallelExperts, gather_experts, parallel_layers
 from m2mkd_ds.distributed.flat_state import RankSnapshot, check_same_model, fill_part, optimizer_state
 from m2mkd_ds.distributed.layout import expert_groups_of, fill_master, gather

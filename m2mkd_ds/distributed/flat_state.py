@@ -1,4 +1,4 @@
-"""An engine's share of a checkpoint in CPU memory: taken in a moment, written at leisure (`checkpoint/rank_files.py` is the format).
+"""An engine's share of a checkpoint in CPU memory: taken in a moment, written at leisure (`checkpoint/state/rank_files.py` is the format).
 
 Shape letters: P elements of a part.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.layout import FlatGroup
-from m2mkd_ds.checkpoint.rank_files import Description, FileRecord, RankFiles, write_rank_file
+from m2mkd_ds.checkpoint.state.layout import FlatGroup
+from m2mkd_ds.checkpoint.state.rank_files import Description, FileRecord, RankFiles, write_rank_file
 
 
 class RankSnapshot:

@@ -1,4 +1,4 @@
-"""The layouts of `checkpoint/layout.py` (pure arithmetic) on a running job: what needs collectives.
+"""The layouts of `checkpoint/state/layout.py` (pure arithmetic) on a running job: what needs collectives.
 
 The engine compares a layout with what DeepSpeed really holds before the first step, so that a release that lays things out otherwise
 is noticed. Shape letters: F elements of all parts, P elements of a part.
@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.layout import FlatGroup
+from m2mkd_ds.checkpoint.state.layout import FlatGroup
 from m2mkd_ds.distributed.groups import ExpertGroups
 
 

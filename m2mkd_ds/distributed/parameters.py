@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from m2mkd_ds.checkpoint.rank_files import Parameter
+from m2mkd_ds.checkpoint.state.rank_files import Parameter
 from m2mkd_ds.distributed.expert_parallel import ParallelExperts, expert_parameters, parallel_layers
 from m2mkd_ds.distributed.groups import ExpertGroups
 

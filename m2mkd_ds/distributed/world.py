@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 
-from m2mkd_ds.distributed.activity import collective
-from m2mkd_ds.distributed.interface import interface_towards
-from m2mkd_ds.distributed.launched import Place, place_of
-from m2mkd_ds.distributed.rendezvous import meet
+from m2mkd_ds.distributed.start.interface import interface_towards
+from m2mkd_ds.distributed.start.launched import Place, place_of
+from m2mkd_ds.distributed.start.rendezvous import meet
+from m2mkd_ds.distributed.watch.activity import collective
 
 logger = logging.getLogger("m2mkd_ds")
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from m2mkd_ds.checkpoint.layout import FlatGroup, PartedGroup
+from m2mkd_ds.checkpoint.state.layout import FlatGroup, PartedGroup
 from m2mkd_ds.distributed.groups import ExpertGroups
 from m2mkd_ds.distributed.layout import gather
 from m2mkd_ds.distributed.world import World

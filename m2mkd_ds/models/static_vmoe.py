@@ -151,7 +151,7 @@ def smallest_gaps(model: VisionMoE, images_BCHW: Tensor) -> Tensor:
             gaps_B.copy_(torch.minimum(gaps_B, (best_TE[:, k - 1] - best_TE[:, k]).view(len(gaps_B), -1).amin(dim=1)))
 
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-    handles = [router.register_forward_hook(look) for router in routers]  # type: ignore[arg-type]
+    handles = [router.register_forward_hook(look) for router in routers]
     model(images_BCHW)
     for handle in handles:
         handle.remove()

@@ -100,7 +100,7 @@ class TimmVMoE(VisionMoE):
         losses: dict[str, Tensor] = {}
         stats: dict[int, RoutingStats] = {}
         for i, block in enumerate(self.blocks):
-            x, routing = block.routed(self._stitch("pre", i, x))
+            x, routing = block.routed(self._stitch("pre", i, x))  # type: ignore[operator]
             x = self._stitch("post", i, x)
             if routing is not None:
                 stats[i] = routing.stats

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -194,10 +195,8 @@ def _pair_scene(config: RunConfig, phase: str, settings: SceneSettings) -> Scene
             loss = loss + F.kl_div(log_student_BV, log_teacher_BV, reduction="sum", log_target=True)
         return torch.stack([loss, *router_losses]).sum()
 
-    trainees = tuple(
-        TraineeScene(f"pair {i}", ready, lambda batch, pair=pairs[i], ready=ready: loss_of(pair, ready, batch))
-        for i, ready in ((i, _ready(module, settings)) for i, module in modules.items())
-    )
+    ready = {i: _ready(module, settings) for i, module in modules.items()}
+    trainees = tuple(TraineeScene(f"pair {i}", module, partial(loss_of, pairs[i], module)) for i, module in ready.items())
     return Scene(trainees, tuple(frozen.values()), make_batch)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def _trace_step(trainee: TraineeScene, batch: Any, live: LiveBytes) -> StepTrace
         live.take_peak()
 
     hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: arrived(name, p))  # type: ignore[misc]
+        parameter.register_post_accumulate_grad_hook(partial(arrived, name))
         for name, parameter in trainee.module.named_parameters()
     ]
     live.take_peak()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from m2mkd_ds.config import RunConfig
@@ -114,8 +114,8 @@ def _of_pairs(config: RunConfig, phase: str, settings: SceneSettings) -> WorkOfI
     return WorkOfImage(frozen=frozen, forward=forward, backward=backward)
 
 
-def _sum(parts: object) -> Flops:
-    return sum(parts, Flops())  # type: ignore[call-overload, no-any-return]
+def _sum(parts: Iterable[Flops]) -> Flops:
+    return sum(parts, Flops())
 
 
 def _stitches(pair: TeachingPair, width: int, student_width: int) -> Sequence[StitchSpec]:

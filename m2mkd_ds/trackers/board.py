@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from m2mkd_ds.trackers.tracker import TrackedRun
 
@@ -14,7 +15,7 @@ class Board:
         """Raises ImportError without the package."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """As `Tracker`."""

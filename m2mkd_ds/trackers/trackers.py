@@ -14,6 +14,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Trackers:
         self._run, self._last_step = run, last_step
         self._open: dict[str, Tracker] = {}
         for name in names:
-            self._guarded(name, lambda name=name: self._open.update({name: OPENERS[name](run)}))  # type: ignore[misc]
+            self._guarded(name, partial(self._begin, name))
         if self._open:
             logger.info("%s: metrics go to %s, too", run.name, ", ".join(self._open))
 
@@ -74,7 +75,7 @@ class Trackers:
         write_record(self._run.folder, self._run.id, step)
         numbers = scalars(record)
         for name, tracker in list(self._open.items()):
-            self._guarded(name, lambda tracker=tracker: tracker.log(step, numbers))  # type: ignore[misc]
+            self._guarded(name, partial(tracker.log, step, numbers))
 
     def finish(self) -> None:
         """Flush and close all of them, within FINISH_S each."""
@@ -86,6 +87,9 @@ class Trackers:
             if thread.is_alive():
                 logger.warning("%s: the tracker %s does not end within %g s and is left alone", self._run.name, name, FINISH_S)
         self._open.clear()
+
+    def _begin(self, name: str) -> None:
+        self._open[name] = OPENERS[name](self._run)
 
     def _guarded(self, name: str, act: Callable[[], object]) -> None:
         try:

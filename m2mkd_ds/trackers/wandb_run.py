@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from m2mkd_ds.config import ConfigError
 from m2mkd_ds.trackers.tracker import TrackedRun
 
+FLUSH_FIELD, FLUSH_S = "x_transaction_log_flush_interval", 1.0
+"""Of its file on this disk; what is not written when a process is killed is lost to it."""
+
 
 def check() -> None:
     """Raises ImportError without the package, ConfigError where it would ask for a key in the middle of a run."""
@@ -30,9 +33,11 @@ class WandbRun:
         import wandb
 
         os.makedirs(run.folder, exist_ok=True)
+        # Older releases write when a buffer is full, or at the end, and have no such setting.
+        often = {FLUSH_FIELD: FLUSH_S} if FLUSH_FIELD in wandb.Settings.model_fields else {}
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, disable_code=True, x_disable_meta=True, x_disable_machine_info=True,
-            x_save_requirements=False,
+            x_save_requirements=False, **often,
         )  # fmt: skip
         self._run = wandb.init(
             project=run.project, name=run.name, id=run.id, dir=str(run.folder), config=dict(run.config), resume="allow",
@@ -41,7 +46,8 @@ class WandbRun:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """As `Tracker`."""
-        self._run.log(dict(metrics), step=step)
+        # With a step alone it would keep the line until the next one, and a kill in between would lose it.
+        self._run.log(dict(metrics), step=step, commit=True)
 
     def finish(self) -> None:
         """As `Tracker`."""

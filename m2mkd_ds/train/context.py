@@ -17,7 +17,7 @@ from m2mkd_ds.distill.pairs import TeachingPair, stage_spans, teaching_pairs
 from m2mkd_ds.distributed.world import World, resolve_precision
 from m2mkd_ds.models.vit import VitArch, load_stage, stage_names, width
 from m2mkd_ds.models.vmoe import VMoEArch, arch_from_config
-from m2mkd_ds.train.stopping import StopFlag
+from m2mkd_ds.train.ending.stopping import StopFlag
 
 
 @dataclass(frozen=True)

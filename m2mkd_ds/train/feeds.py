@@ -23,7 +23,7 @@ from m2mkd_ds.teacher.feed import TeacherFeed
 from m2mkd_ds.teacher.protocol.connection import Connection
 from m2mkd_ds.teacher.protocol.wire import Welcome
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.teacher_run import run_fingerprints
+from m2mkd_ds.train.teacher.run import run_fingerprints
 
 COLLECTIVE_TIMEOUT_S = 600.0
 """Of `init_world`: a rank that waits longer for its teacher would be found dead by the others before it can say why."""

@@ -18,10 +18,10 @@ from m2mkd_ds.moe.routers import LinearRouter
 from m2mkd_ds.teacher.feed import TeacherBatch, TeacherFeed
 from m2mkd_ds.trackers.trackers import Trackers
 from m2mkd_ds.train.balance import biased_routers
-from m2mkd_ds.train.evaluate import Score
+from m2mkd_ds.train.ending.stopping import StopFlag
+from m2mkd_ds.train.evaluation.evaluate import Score
 from m2mkd_ds.train.schedule import lr_at, num_warmup_steps, scaled_lr
 from m2mkd_ds.train.steps import StepOutput
-from m2mkd_ds.train.stopping import StopFlag
 
 
 @dataclass

@@ -6,7 +6,7 @@ import time
 
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.imports import read_legacy
+from m2mkd_ds.checkpoint.legacy.imports import read_legacy
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights, save_weights
 from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distill.assemble import assemble_student, split_exact

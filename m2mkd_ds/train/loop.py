@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from m2mkd_ds.data.bad_samples import BadSample
-from m2mkd_ds.distributed.activity import section
+from m2mkd_ds.distributed.watch.activity import section
 from m2mkd_ds.distributed.world import World, all_reduce_sum
 from m2mkd_ds.logs import MetricsWriter, Progress, logger
 from m2mkd_ds.moe.telemetry import load_metrics
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.bad_samples import FILE_NAME, BadSampleList, lists_of_phase
 from m2mkd_ds.train.balance import Loads, add_loads, balance_routers
-from m2mkd_ds.train.evaluations import catch_up, evaluate_at_step, owed_evaluations, steps_between_evaluations, write_metrics
+from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.evaluation.schedule import catch_up, evaluate_at_step, owed_evaluations, steps_between_evaluations, write_metrics
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.ledger import SlotLedger
 from m2mkd_ds.train.micro_seed import seed_micro_batch
 from m2mkd_ds.train.resume import resume
 from m2mkd_ds.train.saving import Saver
 from m2mkd_ds.train.schedule import scaled_lr
-from m2mkd_ds.train.stopping import StopRequested
 
 
 class NonFiniteLossError(RuntimeError):
@@ -111,7 +111,8 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, save
             # A trainee that was trained further elsewhere waits until the others have caught up.
             active = [trainee for trainee in job.trainees if trainee.step == step]
             log = step % job.phase.log_steps == 0 or step + 1 == job.total_steps
-            stopping = _train_step(job, feed, active, step, log, bad, fed, ledger, saver)
+            with section("step", limit="first" if step == start else "", step=step + 1):
+                stopping = _train_step(job, feed, active, step, log, bad, fed, ledger, saver)
             since_log += job.global_batch_size
             if log:
                 now = time.monotonic()

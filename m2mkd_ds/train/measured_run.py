@@ -22,7 +22,8 @@ from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vit import build_stage
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.context import open_run
-from m2mkd_ds.train.job import Job
+from m2mkd_ds.train.evaluation.evaluate import Score
+from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.loop import train
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.phases.end_to_end import end_to_end
@@ -77,7 +78,7 @@ def _watched(config: RunConfig, world: World, phase: str, watch: Callable[[str],
 
 
 def _marked(job: Job, marks: Marks) -> Job:
-    def evaluate(trainees: list) -> dict:  # type: ignore[type-arg]
+    def evaluate(trainees: list[Trainee]) -> dict[str, Score]:
         marks.mark("evaluate")
         return job.evaluate(trainees)
 

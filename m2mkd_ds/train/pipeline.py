@@ -14,10 +14,10 @@ from m2mkd_ds.distributed.world import World
 from m2mkd_ds.logs import format_seconds, logger
 from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.hostfile import with_meeting_point
-from m2mkd_ds.train.launch import LaunchError, launch_command, run_launched, spell
+from m2mkd_ds.train.ending.outcome import JobRecords
+from m2mkd_ds.train.launching.hostfile import with_meeting_point
+from m2mkd_ds.train.launching.launch import LaunchError, launch_command, run_launched, spell
 from m2mkd_ds.train.nodes import Node, NodeState, build_dag, node_state, reads_teacher_file, teacher_file
-from m2mkd_ds.train.outcome import JobRecords
 from m2mkd_ds.train.preflight import as_launched, check_settings
 from m2mkd_ds.train.run_phase import RUNNABLE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from m2mkd_ds.checkpoint.hf_export import check_exportable, parse_size
+from m2mkd_ds.checkpoint.hf.export import check_exportable, parse_size
 from m2mkd_ds.config import PHASES, ConfigError, PhaseConfig
 from m2mkd_ds.data.order import make_order
 from m2mkd_ds.data.plan import BatchLayout

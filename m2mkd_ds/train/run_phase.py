@@ -13,23 +13,23 @@ from pathlib import Path
 
 from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import parse_pairs
-from m2mkd_ds.distributed.activity import section
-from m2mkd_ds.distributed.rendezvous import GivenUpError
+from m2mkd_ds.distributed.start.rendezvous import GivenUpError
+from m2mkd_ds.distributed.watch.activity import section
 from m2mkd_ds.distributed.world import World, barrier, broadcast_object, gather_object, init_world, shutdown
 from m2mkd_ds.logs import format_seconds, logger, setup_logging
 from m2mkd_ds.train import local_nodes
-from m2mkd_ds.train.closed_output import outliving_readers
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.evaluate_run import evaluate_run
+from m2mkd_ds.train.ending.closed_output import outliving_readers
+from m2mkd_ds.train.ending.guard import guarded
+from m2mkd_ds.train.ending.stopping import StopFlag, StopRequested, launcher_chain, listening
+from m2mkd_ds.train.evaluation.of_run import evaluate_run
 from m2mkd_ds.train.feeds import needs_images
-from m2mkd_ds.train.guard import guarded
 from m2mkd_ds.train.job import Job
 from m2mkd_ds.train.loop import train
 from m2mkd_ds.train.nodes import Node, find_node, fingerprint, is_done
 from m2mkd_ds.train.phases import end_to_end, m2mkd, prepare
 from m2mkd_ds.train.phases.finish import finish_node, finish_trainee, unfinished_pairs
 from m2mkd_ds.train.preflight import check_settings
-from m2mkd_ds.train.stopping import StopFlag, StopRequested, launcher_chain, listening
 
 WHOLE_MODEL_PHASES = {
     "pretrain_meta": prepare.pretrain_meta,

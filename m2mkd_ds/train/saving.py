@@ -15,9 +15,9 @@ import datetime
 from dataclasses import replace
 from typing import Any
 
-from m2mkd_ds.checkpoint.async_commit import Committer
-from m2mkd_ds.checkpoint.attempt import Ranks
-from m2mkd_ds.checkpoint.commit import Write
+from m2mkd_ds.checkpoint.saves.async_commit import Committer
+from m2mkd_ds.checkpoint.saves.attempt import Ranks
+from m2mkd_ds.checkpoint.saves.commit import Write
 from m2mkd_ds.checkpoint.store import StoreError
 from m2mkd_ds.distributed.engine import Snapshot
 from m2mkd_ds.distributed.world import broadcast_object

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.layout import LAYOUTS
-from m2mkd_ds.checkpoint.manifest import hash_files, write_manifest
-from m2mkd_ds.checkpoint.rank_files import Description, Parameter, write_rank_file
+from m2mkd_ds.checkpoint.saves.manifest import hash_files, write_manifest
+from m2mkd_ds.checkpoint.state.layout import LAYOUTS
+from m2mkd_ds.checkpoint.state.rank_files import Description, Parameter, write_rank_file
 
 EXPERTS = 4
 SHAPES = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.hf_export import export_hf
+from m2mkd_ds.checkpoint.hf.export import export_hf
 from m2mkd_ds.config import DataConfig, RouterConfig
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, VMoEArch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from m2mkd_ds.checkpoint.hf_export import export_hf
+from m2mkd_ds.checkpoint.hf.export import export_hf
 from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.config import DataConfig, RouterConfig, RunConfig, dump
 from m2mkd_ds.models.spans import StageSpan

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from m2mkd_ds.checkpoint.attempt import Ranks
-from m2mkd_ds.checkpoint.commit import Write
-from m2mkd_ds.checkpoint.manifest import FileRecord, hash_files, read_manifest
+from m2mkd_ds.checkpoint.saves.attempt import Ranks
+from m2mkd_ds.checkpoint.saves.commit import Write
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord, hash_files, read_manifest
 from m2mkd_ds.checkpoint.store import StoreError, commit_checkpoint, latest_checkpoint, save_weights, verify_checkpoint, write_json_atomic
 from m2mkd_ds.checkpoint_config import CheckpointConfig
 from tests.checkpoint.faulty_disk import folder_in_memory

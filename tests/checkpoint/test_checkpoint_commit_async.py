@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2mkd_ds.checkpoint.async_commit import Committer
-from m2mkd_ds.checkpoint.attempt import ALONE, Ranks
-from m2mkd_ds.checkpoint.commit import Write, latest_checkpoint
-from m2mkd_ds.checkpoint.manifest import FileRecord, hash_files
+from m2mkd_ds.checkpoint.saves.async_commit import Committer
+from m2mkd_ds.checkpoint.saves.attempt import ALONE, Ranks
+from m2mkd_ds.checkpoint.saves.commit import Write, latest_checkpoint
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord, hash_files
 from m2mkd_ds.checkpoint.store import StoreError
 from m2mkd_ds.checkpoint_config import CheckpointConfig
 from tests.checkpoint.faulty_disk import folder_in_memory

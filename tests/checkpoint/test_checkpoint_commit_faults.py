@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from m2mkd_ds.checkpoint.async_commit import Committer
-from m2mkd_ds.checkpoint.attempt import Ranks
-from m2mkd_ds.checkpoint.commit import Write, commit_checkpoint, latest_checkpoint, verify_checkpoint
-from m2mkd_ds.checkpoint.manifest import FileRecord
+from m2mkd_ds.checkpoint.saves.async_commit import Committer
+from m2mkd_ds.checkpoint.saves.attempt import Ranks
+from m2mkd_ds.checkpoint.saves.commit import Write, commit_checkpoint, latest_checkpoint, verify_checkpoint
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord
 from m2mkd_ds.checkpoint.store import StoreError
 from m2mkd_ds.checkpoint_config import CheckpointConfig
 from tests.checkpoint.faulty_disk import FaultyDisk, folder_in_memory
@@ -119,8 +119,8 @@ def save_by_two(root: Path, new: tuple[int, int], asynchronous: bool, disks: tup
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(other, signal.SIGKILL)
     results = []
-    for pid, answer in children:
-        with os.fdopen(answer) as file:
+    for pid, reader in children:
+        with os.fdopen(reader) as file:
             text = file.read()
         results.append(Ended(ended[pid], **json.loads(text)) if text else Ended(ended[pid]))
     return results

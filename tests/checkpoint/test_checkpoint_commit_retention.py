@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.checkpoint.commit import commit_checkpoint, latest_checkpoint
-from m2mkd_ds.checkpoint.folders import committed
-from m2mkd_ds.checkpoint.manifest import FileRecord
-from m2mkd_ds.checkpoint.retention import prune
+from m2mkd_ds.checkpoint.saves.commit import commit_checkpoint, latest_checkpoint
+from m2mkd_ds.checkpoint.saves.folders import committed
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord
+from m2mkd_ds.checkpoint.saves.retention import prune
 from m2mkd_ds.checkpoint_config import CheckpointConfig
 
 SCORES = {10: 0.5, 20: 0.9, 30: None, 40: 0.7, 50: 0.9, 60: 0.1, 70: 0.2}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.consolidate import consolidate, parse_bytes
+from m2mkd_ds.checkpoint.state.consolidate import consolidate, parse_bytes
 from m2mkd_ds.checkpoint.store import StoreError, read_metadata, save_weights
 from tests.checkpoint.checkpoint_maker import KINDS, State, make_checkpoint, make_state
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from m2mkd_ds.checkpoint.hf_check import Picture, check_export
-from m2mkd_ds.checkpoint.hf_export import load_exported
+from m2mkd_ds.checkpoint.hf.check import Picture, check_export
+from m2mkd_ds.checkpoint.hf.export import load_exported
 from m2mkd_ds.config import ROUTER_PRESETS, RouterConfig
 from m2mkd_ds.data.pil_transforms import eval_transform
 from m2mkd_ds.models.spans import StageSpan

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from m2mkd_ds.checkpoint import hf_export, hf_files
 from m2mkd_ds.checkpoint.atomic import StoreError
-from m2mkd_ds.checkpoint.hf_export import class_names_of, export_hf, load_exported, parse_size
+from m2mkd_ds.checkpoint.hf import export as hf_export
+from m2mkd_ds.checkpoint.hf import files as hf_files
+from m2mkd_ds.checkpoint.hf.export import class_names_of, export_hf, load_exported, parse_size
 from m2mkd_ds.config import RouterConfig
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE

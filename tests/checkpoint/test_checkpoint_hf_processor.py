@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from m2mkd_ds.checkpoint.hf_config import data_from_processor, processor_config
+from m2mkd_ds.checkpoint.hf.config import data_from_processor, processor_config
 from m2mkd_ds.data.pil_transforms import eval_transform
 from tests.checkpoint.exported_models import ARCH, DATA, NAMES, export, make_model
 

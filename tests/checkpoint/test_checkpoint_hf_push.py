@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from m2mkd_ds.checkpoint.atomic import StoreError
-from m2mkd_ds.checkpoint.hf_push import describe, plan_push
+from m2mkd_ds.checkpoint.hf.push import describe, plan_push
 from tests.checkpoint.exported_models import IMAGES, export, logits, make_model
 from tests.checkpoint.fake_hub import FakeHub, running_hub
 
@@ -24,7 +24,7 @@ CARD = {"name": "tiny", "dataset": "digits", "metrics": {"top1": 0.9, "top1_ci":
 PUSH = """
 import json, os, sys
 from pathlib import Path
-from m2mkd_ds.checkpoint.hf_push import plan_push, push
+from m2mkd_ds.checkpoint.hf.push import plan_push, push
 for repo, private, revision, token in json.loads(sys.argv[2]):
     os.environ["HF_TOKEN"] = token
     try:

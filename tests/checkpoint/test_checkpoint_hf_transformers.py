@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from m2mkd_ds.checkpoint.hf_export import load_exported
+from m2mkd_ds.checkpoint.hf.export import load_exported
 from tests.checkpoint.exported_models import IMAGES, NAMES, STITCHES, export, logits, make_model
 
 MODEL_CODE = {"configuration_vmoe.py", "experts_vmoe.py", "modeling_vmoe.py", "routing_vmoe.py"}

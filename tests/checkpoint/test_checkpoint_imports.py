@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.imports import LegacyError, convert_legacy, read_legacy
+from m2mkd_ds.checkpoint.legacy.imports import LegacyError, convert_legacy, read_legacy
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import file_sha256, read_metadata, read_weights
 from m2mkd_ds.config import RouterConfig

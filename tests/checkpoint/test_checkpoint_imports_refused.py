@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from m2mkd_ds.checkpoint.imports import LegacyError, read_legacy
+from m2mkd_ds.checkpoint.legacy.imports import LegacyError, read_legacy
 from m2mkd_ds.checkpoint.mapping import MappingError
 from tests.checkpoint.legacy_models import DEPTHS, LegacyModel, module_files, saved, student
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2mkd_ds.checkpoint.layout import FlatGroup, PartedGroup, lay_out
+from m2mkd_ds.checkpoint.state.layout import FlatGroup, PartedGroup, lay_out
 from tests.checkpoint.checkpoint_maker import cut
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from m2mkd_ds.checkpoint.canonical import SHARED, CanonicalCheckpoint
-from m2mkd_ds.checkpoint.consolidate import consolidate
-from m2mkd_ds.checkpoint.manifest import hash_files, write_manifest
-from m2mkd_ds.checkpoint.rank_files import Description, Parameter, write_rank_file
-from m2mkd_ds.checkpoint.reshard import laid_out_for, reshard
+from m2mkd_ds.checkpoint.saves.manifest import hash_files, write_manifest
+from m2mkd_ds.checkpoint.state.canonical import SHARED, CanonicalCheckpoint
+from m2mkd_ds.checkpoint.state.consolidate import consolidate
+from m2mkd_ds.checkpoint.state.rank_files import Description, Parameter, write_rank_file
+from m2mkd_ds.checkpoint.state.reshard import laid_out_for, reshard
 from m2mkd_ds.checkpoint.store import StoreError, commit_checkpoint, latest_checkpoint, verify_checkpoint
 from tests.checkpoint.checkpoint_maker import KINDS, SHAPES, make_checkpoint, make_state
 
@@ -192,8 +192,8 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(tmp_path: 
 PEAK = """
 import re, sys
 from pathlib import Path
-from m2mkd_ds.checkpoint.consolidate import consolidate
-from m2mkd_ds.checkpoint.reshard import reshard
+from m2mkd_ds.checkpoint.state.consolidate import consolidate
+from m2mkd_ds.checkpoint.state.reshard import reshard
 
 def peak_kib():  # not ru_maxrss, which begins with that of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.rank_files import RankFiles
-from m2mkd_ds.checkpoint.safetensors_stream import TensorFile, file_order, info_of, write_stream
+from m2mkd_ds.checkpoint.state.rank_files import RankFiles
+from m2mkd_ds.checkpoint.state.safetensors_stream import TensorFile, file_order, info_of, write_stream
 from m2mkd_ds.checkpoint.store import StoreError, save_weights
 from tests.checkpoint.checkpoint_maker import Bomb
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.checkpoint.hf_load import load_exported
+from m2mkd_ds.checkpoint.hf.load import load_exported
 from m2mkd_ds.cli import main
 from m2mkd_ds.cli.export import default_target
 from m2mkd_ds.data.sources.registry import make_source

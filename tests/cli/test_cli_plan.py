@@ -11,14 +11,14 @@ from tests.cli.ended import Run
 
 
 def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Path) -> None:
-    words = ("plan", "--recipe", "tiny", "--phase", "end_to_end", "--gpus-per-node", "2", "--largest-micro-batch", "1", "--images", "1437")
+    words = "plan --recipe tiny --phase pretrain_meta --gpus-per-node 2 --largest-micro-batch 1 --images 1437".split()
     ended = m2mkd(*words, "--plot", "plan.svg")
     assert ended.code == 0 and "tiny on 1 x 2 GPUs of 80 GB" in ended.out and "ds_config=zero1" in ended.out
     assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
     tree = json.loads(m2mkd(*words, "--json").out)
     (phase,) = tree["phases"]
-    # 5 epochs of 1437 images in batches of 16 x 2.
-    assert (phase["name"], phase["steps"]) == ("end_to_end", round(5 * 1437 / 32))
+    # 8 epochs of 1437 images in batches of 16 x 2.
+    assert (phase["name"], phase["steps"]) == ("pretrain_meta", round(8 * 1437 / 32))
     assert sum(phase["memory"]["parts"].values()) == phase["memory"]["total"]
 
 

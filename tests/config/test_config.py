@@ -15,6 +15,7 @@ from m2mkd_ds.config import (
     ConfigError,
     PhaseConfig,
     RunConfig,
+    WatchConfig,
     apply_overrides,
     dump,
     field_paths,
@@ -268,3 +269,14 @@ def test_every_field_says_what_it_means() -> None:
                 if not isinstance(text, str) or not text.strip():
                     silent.append(f"{cls.name}.{statement.target.id}")
     assert silent == []
+
+
+def test_limits_of_the_watchdog_are_checked_against_the_teacher_s_patience() -> None:
+    feed = {"feed": "remote", "endpoints": ["10.0.0.7:8815"], "patience_s": 300.0}
+    with pytest.raises(ConfigError, match=r"watch\.step_s is 200 and teacher\.patience_s is 300: a rank that waits for its teacher"):
+        from_dict({"name": "x", "teacher": feed, "watch": {"step_s": 200.0}})
+    watch = from_dict({"name": "x", "teacher": feed, "watch": {"step_s": 0, "save_s": 4000}}).watch  # 0: no limit at all
+    assert (watch.first_step_s, watch.collective_timeout_s) == (0, 4060)
+    assert WatchConfig(start_s=900).first_step_s == 900 and WatchConfig().first_step_s == 600
+    with pytest.raises(ConfigError, match=r"watch\.heartbeat_s is 0\.0"):
+        from_dict({"name": "x", "watch": {"heartbeat_s": 0}})

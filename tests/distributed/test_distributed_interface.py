@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from m2mkd_ds.distributed.interface import addresses_by_interface, interface_towards, local_address_towards
+from m2mkd_ds.distributed.start.interface import addresses_by_interface, interface_towards, local_address_towards
 
 needs_ip = pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
 
@@ -34,7 +34,7 @@ def test_an_unknown_name_says_so() -> None:
 
 
 PROBE = """
-from m2mkd_ds.distributed.interface import interface_towards
+from m2mkd_ds.distributed.start.interface import interface_towards
 for target, spans in {targets}:
     try:
         print(interface_towards(target, spans_hosts=spans))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from m2mkd_ds.distributed.launched import derived_port, expand_counts, expand_node_list, launched_rank, place_of
+from m2mkd_ds.distributed.start.launched import derived_port, expand_counts, expand_node_list, launched_rank, place_of
 
 SRUN = {
     "SLURM_JOB_ID": "1000003", "SLURM_STEP_ID": "2", "SLURM_JOB_NODELIST": "gpu[1-9]", "SLURM_STEP_NODELIST": "gpu[07-08]",

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from m2mkd_ds.distributed.launched import Place
-from m2mkd_ds.distributed.rendezvous import GivenUpError, MissingRanksError, meet
+from m2mkd_ds.distributed.start.launched import Place
+from m2mkd_ds.distributed.start.rendezvous import GivenUpError, MissingRanksError, meet
 from tests.launching import free_port
 
 HERE = socket.gethostname()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.canonical import SHARED, CanonicalCheckpoint
-from m2mkd_ds.checkpoint.manifest import hash_files, write_manifest
-from m2mkd_ds.checkpoint.reshard import reshard
+from m2mkd_ds.checkpoint.saves.manifest import hash_files, write_manifest
+from m2mkd_ds.checkpoint.state.canonical import SHARED, CanonicalCheckpoint
+from m2mkd_ds.checkpoint.state.reshard import reshard
 from m2mkd_ds.distributed import world as jobs
 from tests.distributed import reshape_job as job
 from tests.launching import launch
@@ -109,7 +109,7 @@ def test_training_on_another_zero_stage_is_that_of_the_first(results: dict[str, 
 def test_a_rank_reads_only_files_that_hold_something_of_its_share(results: dict[str, Any], out: Path, tmp_path: Path) -> None:
     # One rank of ep 2 on 2 ranks, same shape: nothing of rank 1's file is opened for rank 0.
     (tmp_path / "engine_rank_00000.safetensors").write_bytes((out / "ep2" / "engine_rank_00000.safetensors").read_bytes())
-    from m2mkd_ds.checkpoint.rank_files import RankFiles
+    from m2mkd_ds.checkpoint.state.rank_files import RankFiles
 
     files = RankFiles(tmp_path)
     for group in files.description.groups:

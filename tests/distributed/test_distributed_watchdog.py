@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.distributed.activity import CollectiveError, Section, Snapshot, collective, section, snapshot, where_raised
-from m2mkd_ds.distributed.processes import parent_of, seen
-from m2mkd_ds.distributed.rank_files import (
+from m2mkd_ds.distributed.watch.activity import CollectiveError, Section, Snapshot, collective, section, snapshot, where_raised
+from m2mkd_ds.distributed.watch.processes import parent_of, seen
+from m2mkd_ds.distributed.watch.records import (
     Failure,
     Heartbeat,
     failure_file,
@@ -27,8 +27,8 @@ from m2mkd_ds.distributed.rank_files import (
     remove_records,
     write_record,
 )
-from m2mkd_ds.distributed.suspects import Observer
-from m2mkd_ds.distributed.watchdog import HANG_CODE
+from m2mkd_ds.distributed.watch.suspects import Observer
+from m2mkd_ds.distributed.watch.watchdog import HANG_CODE
 
 HERE = socket.gethostname()
 WAITING = Snapshot((Section("agree on losses", True, True, "", {"step": 12}),), 0.0)
@@ -74,7 +74,11 @@ def test_sections_nest_and_say_where_the_main_thread_is() -> None:
     assert after.describe() == "`save` of step 12" and after.changed > inside.changed
     with section("forward", step=3, pair=1, slots=range(4)):
         assert snapshot().describe() == "`forward` of step 3, pair 1"
-    assert snapshot().sections == ()
+        with section("agree"):
+            assert snapshot().step == 3
+    assert snapshot().sections == () and snapshot().step == 3
+    with section("start", limit="start"), section("read"):
+        assert snapshot().step == 0
 
 
 def test_an_error_keeps_the_innermost_section_that_it_was_raised_in() -> None:
@@ -146,9 +150,9 @@ def test_records_of_another_launch_and_broken_ones_are_not_read(tmp_path: Path) 
 HUNG = """
 import sys, time
 from pathlib import Path
-from m2mkd_ds.distributed.activity import section
-from m2mkd_ds.distributed.rank_files import Failure, failure_file, write_record
-from m2mkd_ds.distributed.watchdog import Watchdog, Watched
+from m2mkd_ds.distributed.watch.activity import section
+from m2mkd_ds.distributed.watch.records import Failure, failure_file, write_record
+from m2mkd_ds.distributed.watch.watchdog import Watchdog, Watched
 folder = Path(sys.argv[1])
 def on_end(text, where, code):
     (folder / "said").write_text(f"{code} {where.describe()} {text}")

@@ -234,7 +234,7 @@ def test_a_slurm_job_without_ranks_is_refused(queued: Cluster, change: dict[str,
 
 
 def test_the_example_of_an_environment_file_is_one(repo_root: Path) -> None:
-    from m2mkd_ds.train.launch_env import read_env_file
+    from m2mkd_ds.train.launching.launch_env import read_env_file
 
     assert read_env_file(repo_root / "scripts/deepspeed_env.example").keys() == {"HF_HOME", "TORCH_EXTENSIONS_DIR", "NCCL_DEBUG"}
 

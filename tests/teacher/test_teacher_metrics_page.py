@@ -16,7 +16,7 @@ from m2mkd_ds.teacher.flight.server import FlightTransport
 from m2mkd_ds.teacher.protocol.wire import Status
 from m2mkd_ds.teacher.server.metrics_page import MetricsPage
 from m2mkd_ds.teacher.server.options import ServerOptions
-from m2mkd_ds.train.teacher_serve import open_page, start_transport
+from m2mkd_ds.train.teacher.serve import open_page, start_transport
 
 COUNTERS = {"requests": 7.0, "errors_draining": 2.0, "errors_poisoned": 1.0, "in_flight": 3.0, "decode_s": 1.5, "hits_prefix": 4.0}
 

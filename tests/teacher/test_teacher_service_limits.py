@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -241,8 +242,8 @@ def test_who_has_hung_up_is_forgotten_without_being_put_out() -> None:
     clock, counters, is_there = Clock(), Counters(), {"stays": True, "goes": True}
     admission = Admission(LIMITS, 1000, counters, clock)
     for name in is_there:
-        assert admission.heard(name, Caller("10.0.0.7", lambda name=name: is_there[name]))  # type: ignore[misc]
-        assert not admission.heard(name, Caller("10.0.0.7", lambda name=name: is_there[name]))  # type: ignore[misc]
+        assert admission.heard(name, Caller("10.0.0.7", partial(is_there.__getitem__, name)))
+        assert not admission.heard(name, Caller("10.0.0.7", partial(is_there.__getitem__, name)))
     is_there["goes"] = False
     clock.now += 4.1
     assert admission.num_clients == 0

@@ -24,29 +24,32 @@ from tests.launching import rank_environment
 from tests.trackers import wandb_file
 
 CONFIG = {"seed": 3, "data": {"train": "shards"}}
-# A phase that is stopped after step 5, of which the checkpoint of step 3 is left, and goes on to step 8; twice, side by side.
+# Part of a phase: steps of two pairs, side by side, from a checkpoint on; killed at its end, or ended well.
 STORY = """
-import sys
+import os, signal, sys, time
 from pathlib import Path
 from m2mkd_ds.logs import MetricsWriter
 from m2mkd_ds.trackers.trackers import check_trackers, open_trackers
 check_trackers(["wandb", "trackio"])
-for resume, steps in ((0, range(1, 6)), (3, range(4, 9))):
-    folders = [Path(sys.argv[1]) / f"pair_{i}" for i in range(2)]
-    pairs = [
-        (MetricsWriter(folder / "metrics.jsonl", resume_step=resume),
-         open_trackers(["wandb", "trackio"], folder, project="tiny", name=f"run {folder.name}",
-                       config={"seed": 3, "data": {"train": "shards"}}, resume_step=resume))
-        for folder in folders
-    ]
-    for step in steps:
-        for i, (writer, opened) in enumerate(pairs):
-            record = {"step": step, "epoch": step / 4, "loss": 1 / step + i, "moe/0/load": [0.25 / step, 0.5], "moe/0/dead": 0, "note": "x"}
-            writer.write(record)
-            opened.log(record)
-    for writer, opened in pairs:
-        writer.close()
-        opened.finish()
+resume, last, is_killed = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "killed"
+folders = [Path(sys.argv[1]) / f"pair_{i}" for i in range(2)]
+pairs = [
+    (MetricsWriter(folder / "metrics.jsonl", resume_step=resume),
+     open_trackers(["wandb", "trackio"], folder, project="tiny", name=f"run {folder.name}",
+                   config={"seed": 3, "data": {"train": "shards"}}, resume_step=resume))
+    for folder in folders
+]
+for step in range(resume + 1, last + 1):
+    for i, (writer, opened) in enumerate(pairs):
+        record = {"step": step, "epoch": step / 4, "loss": 1 / step + i, "moe/0/load": [0.25 / step, 0.5], "moe/0/dead": 0, "note": "x"}
+        writer.write(record)
+        opened.log(record)
+if is_killed:
+    time.sleep(3)  # they write once or twice a second
+    os.kill(os.getpid(), signal.SIGKILL)
+for writer, opened in pairs:
+    writer.close()
+    opened.finish()
 """
 
 
@@ -59,9 +62,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **{f"WANDB_{what}_DIR": str(folder / "home") for what in ("CONFIG", "CACHE", "DATA")},
         "WANDB_API_KEY": "k" * 40, "https_proxy": "http://127.0.0.1:9",  # whoever asks the network fails
     }  # fmt: skip
-    ended = subprocess.run([sys.executable, "-c", STORY, str(folder)], env=env, text=True, capture_output=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    assert ended.stdout == ""
+    # kill -9 after step 5, of which the checkpoint of step 3 is left; then on to step 8
+    for words, code in ((["0", "5", "killed"], -9), (["3", "8", "well"], 0)):
+        ended = subprocess.run([sys.executable, "-c", STORY, str(folder), *words], env=env, text=True, capture_output=True, timeout=120)
+        assert ended.returncode == code, ended.stderr[-4000:]
+        assert ended.stdout == ""
     return folder
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from m2mkd_ds.checkpoint.commit import commit_checkpoint
-from m2mkd_ds.checkpoint.manifest import FileRecord
+from m2mkd_ds.checkpoint.saves.commit import commit_checkpoint
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.train.context import open_run

@@ -24,7 +24,7 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import EvalLoader, ImageBatch
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.moe.routing import RoutingStats
-from m2mkd_ds.train.evaluate import Output, Score, evaluate
+from m2mkd_ds.train.evaluation.evaluate import Output, Score, evaluate
 
 WORLDS = (1, 2, 3)
 NUM_EXPERTS = 3

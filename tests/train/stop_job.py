@@ -24,7 +24,8 @@ from m2mkd_ds import cli
 from m2mkd_ds.config import LaunchConfig, RunConfig, WatchConfig
 from m2mkd_ds.data.loader import EvalLoader, ImageBatch
 from m2mkd_ds.teacher.feed import TeacherBatch
-from m2mkd_ds.train import feeds, launch
+from m2mkd_ds.train import feeds
+from m2mkd_ds.train.launching import launch
 from m2mkd_ds.train.phases import jobs
 from m2mkd_ds.train.steps import StepOutput
 from tests.train.kill_resume_job import config_of

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from m2mkd_ds.train.cluster_doctor.ask import Answer, clock_difference
-from m2mkd_ds.train.cluster_doctor.judge import COLUMNS, Expected, format_rows, notes_of, problems_of, table_row
-from m2mkd_ds.train.cluster_doctor.probe import MARK
+from m2mkd_ds.train.launching.cluster_doctor.ask import Answer, clock_difference
+from m2mkd_ds.train.launching.cluster_doctor.judge import COLUMNS, Expected, format_rows, notes_of, problems_of, table_row
+from m2mkd_ds.train.launching.cluster_doctor.probe import MARK
 
 EXPECTED = Expected(
     {"m2mkd_ds": "1", "torch": "2"}, "3.11.7", "/env/bin/python", {"n1": 2}, "token", "/run", {"train": "t", "validation": "v"}
@@ -101,7 +101,7 @@ def test_columns_stand_below_each_other() -> None:
 def test_the_probe_tells_what_it_sees_and_why_it_sees_not(tmp_path: Path) -> None:
     (tmp_path / ".doctor-abc").write_text("abc")
     request = {"master": "127.0.0.1", "run_dir": str(tmp_path), "token": "abc", "train": str(tmp_path / "none"), "validation": ""}
-    command = [sys.executable, "-m", "m2mkd_ds.train.cluster_doctor.probe", json.dumps(request)]
+    command = [sys.executable, "-m", "m2mkd_ds.train.launching.cluster_doctor.probe", json.dumps(request)]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=True)
     facts = json.loads(done.stdout.splitlines()[-1].removeprefix(MARK))
     assert facts["cores"] == len(os.sched_getaffinity(0)) and facts["gpus"] == torch.cuda.device_count()

@@ -16,8 +16,8 @@ import torch
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.shards.write import write_shards
 from m2mkd_ds.data.sources.registry import encode_png
-from m2mkd_ds.train.evaluate import Score, paired_interval, wilson_interval
-from m2mkd_ds.train.evaluate_run import compare, summarise_scores
+from m2mkd_ds.train.evaluation.evaluate import Score, paired_interval, wilson_interval
+from m2mkd_ds.train.evaluation.of_run import compare, summarise_scores
 from tests.train import evaluate_job
 from tests.train.evaluate_job import WORLDS, logits_table
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.checkpoint.hf_export import export_hf
+from m2mkd_ds.checkpoint.hf.export import export_hf
 from m2mkd_ds.config import ConfigError, DataConfig, RouterConfig
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import VisionMoE, VMoEArch
-from m2mkd_ds.train.evaluate_export import evaluate_export
+from m2mkd_ds.train.evaluation.of_export import evaluate_export
 from tests.cli.conftest import m2mkd  # noqa: F401  (a fixture)
 from tests.cli.ended import Run
 from tests.data.faulty_server import serving

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.checkpoint.hf_load import load_exported
+from m2mkd_ds.checkpoint.hf.load import load_exported
 from m2mkd_ds.checkpoint.store import write_json_atomic
 from m2mkd_ds.config import ConfigError, RunConfig, TeacherConfig
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.export_card import card
-from m2mkd_ds.train.export_run import export_run
+from m2mkd_ds.train.exports.export_card import card
+from m2mkd_ds.train.exports.export_run import export_run
 from tests.train.exportable_run import make_run
 
 

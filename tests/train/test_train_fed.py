@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m2mkd_ds.checkpoint.manifest import FileRecord, hash_files
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord, hash_files
 from m2mkd_ds.config import PhaseConfig
 from m2mkd_ds.data.bad_samples import BadSample
 from m2mkd_ds.data.plan import StreamState

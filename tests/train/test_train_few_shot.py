@@ -15,11 +15,11 @@ from m2mkd_ds.config import RouterConfig
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vit import VitArch, build_stage
 from m2mkd_ds.models.vmoe import VisionMoE, VMoEArch
-from m2mkd_ds.train.few_shot import summarise
-from m2mkd_ds.train.few_shot_config import FitConfig
-from m2mkd_ds.train.few_shot_fit import finetune, fit_linear, fresh_head_, num_correct, outputs
-from m2mkd_ds.train.few_shot_models import pre_logits
-from m2mkd_ds.train.few_shot_stats import mean_interval, t_quantile
+from m2mkd_ds.train.few_shot.config import FitConfig
+from m2mkd_ds.train.few_shot.fit import finetune, fit_linear, fresh_head_, num_correct, outputs
+from m2mkd_ds.train.few_shot.models import pre_logits
+from m2mkd_ds.train.few_shot.run import summarise
+from m2mkd_ds.train.few_shot.stats import mean_interval, t_quantile
 
 ARCH = VMoEArch(
     image_size=16, patch_size=4, num_classes=3, embed_dim=16, num_heads=2, mlp_ratio=2.0, num_blocks=2, moe_blocks=(0, 1), num_experts=4,

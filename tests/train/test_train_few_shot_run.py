@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from m2mkd_ds.checkpoint.hf_export import export_hf
+from m2mkd_ds.checkpoint.hf.export import export_hf
 from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.cli import main
 from m2mkd_ds.config import RunConfig, dump
@@ -23,9 +23,9 @@ from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vit import VitArch, build_stage
 from m2mkd_ds.models.vmoe import VisionMoE, arch_from_config
 from m2mkd_ds.report import build_report
-from m2mkd_ds.train.few_shot import play
-from m2mkd_ds.train.few_shot_config import FitConfig
-from m2mkd_ds.train.few_shot_models import open_candidates
+from m2mkd_ds.train.few_shot.config import FitConfig
+from m2mkd_ds.train.few_shot.models import open_candidates
+from m2mkd_ds.train.few_shot.run import play
 from tests.launching import launch
 from tests.train.finished_run import tiny_config
 

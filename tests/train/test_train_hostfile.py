@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.config import ConfigError, LaunchConfig
-from m2mkd_ds.train.hostfile import read_hostfile, with_meeting_point
+from m2mkd_ds.train.launching.hostfile import read_hostfile, with_meeting_point
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_job_of_this_host_is_left_alone() -> None:
 def test_this_host_s_own_name_that_means_loopback_gives_the_address_towards_the_second_host(
     tmp_path: Path, names: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("m2mkd_ds.train.hostfile.local_address_towards", lambda host: {"10.0.0.2": "10.0.0.77"}[host])
+    monkeypatch.setattr("m2mkd_ds.train.launching.hostfile.local_address_towards", lambda host: {"10.0.0.2": "10.0.0.77"}[host])
     launch = LaunchConfig(hostfile=hostfile(tmp_path, "me slots=1\nnode2 slots=1\n"))
     assert with_meeting_point(launch, "r").extra[:2] == ("--master_addr", "10.0.0.77")
 

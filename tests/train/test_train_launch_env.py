@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.config import ConfigError
-from m2mkd_ds.train.launch import cluster_environment
-from m2mkd_ds.train.launch_env import is_secret, read_env_file, sent_environment
+from m2mkd_ds.train.launching.launch import cluster_environment
+from m2mkd_ds.train.launching.launch_env import is_secret, read_env_file, sent_environment
 
 HERE = {
     "HOME": "/nowhere", "PATH": "/env/bin:/usr/bin", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": "/x",

@@ -14,9 +14,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from m2mkd_ds.config import LaunchConfig
-from m2mkd_ds.train import launch
-from m2mkd_ds.train.outcome import JobRecords
-from m2mkd_ds.train.stopping import StopRequested
+from m2mkd_ds.train.launching import launch
+from m2mkd_ds.train.ending.outcome import JobRecords
+from m2mkd_ds.train.ending.stopping import StopRequested
 folder = Path(sys.argv[1])
 job = '''
 import os, pathlib, signal, sys, time

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.config import LaunchConfig
-from m2mkd_ds.distributed.processes import Process, seen
-from m2mkd_ds.distributed.rank_files import Failure, Heartbeat, failure_file, heartbeat_file, read_failures, write_record
-from m2mkd_ds.train.closed_output import outliving_readers
-from m2mkd_ds.train.guard import exit_code
+from m2mkd_ds.distributed.watch.processes import Process, seen
+from m2mkd_ds.distributed.watch.records import Failure, Heartbeat, failure_file, heartbeat_file, read_failures, write_record
+from m2mkd_ds.train.ending.closed_output import outliving_readers
+from m2mkd_ds.train.ending.guard import exit_code
+from m2mkd_ds.train.ending.outcome import FILE_NAME, JobRecords, Outcome, read_outcome, write_outcome
+from m2mkd_ds.train.ending.stopping import SAME_REQUEST_S, StopFlag, StopRequested, _Listener, launcher_chain, listening
 from m2mkd_ds.train.loop import NonFiniteLossError
-from m2mkd_ds.train.outcome import FILE_NAME, JobRecords, Outcome, read_outcome, write_outcome
 from m2mkd_ds.train.pipeline import write_config
-from m2mkd_ds.train.stopping import SAME_REQUEST_S, StopFlag, StopRequested, _Listener, launcher_chain, listening
 from tests.launching import rank_environment
 from tests.train import stop_job
 from tests.train.kill_resume_job import PHASE
@@ -103,7 +103,7 @@ def test_ranks_left_behind_are_waited_for_as_long_as_they_show_signs_of_life(tmp
     write_outcome(folder, Outcome(state="running", phase="end_to_end", launch="L"))
     first = heartbeat(1, time.time())
     script = (
-        "import sys, time; from pathlib import Path; from m2mkd_ds.distributed.rank_files import *\n"
+        "import sys, time; from pathlib import Path; from m2mkd_ds.distributed.watch.records import *\n"
         "for beat in range(30):\n"
         f"    write_record(heartbeat_file(Path(sys.argv[1]), 1), {asdict(first)} | {{'beat': beat, 'time': time.time()}})\n"
         "    time.sleep(0.1)\n"
@@ -149,7 +149,7 @@ def test_the_first_signal_asks_and_the_same_again_later_ends_at_once() -> None:
 
 SPEAKS = """
 import ctypes
-from m2mkd_ds.train.stopping import StopFlag, listening
+from m2mkd_ds.train.ending.stopping import StopFlag, listening
 with listening(StopFlag(), ()):
     print("ready", flush=True)
     while ctypes.CDLL(None).pause():
@@ -198,7 +198,7 @@ def test_a_process_started_by_nohup_outlives_its_parent_and_a_rank_does_not(monk
 
 CLOSED = """
 import sys, time
-from m2mkd_ds.train.closed_output import outliving_readers
+from m2mkd_ds.train.ending.closed_output import outliving_readers
 with outliving_readers():
     sys.stdin.readline()
     print("lost", flush=True); print("lost", file=sys.stderr, flush=True); print("lost again", flush=True)

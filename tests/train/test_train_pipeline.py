@@ -12,7 +12,7 @@ import torch
 from m2mkd_ds.config import ConfigError, LaunchConfig, RunConfig, load
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.launch import LaunchError, launch_command, launch_environment, spell, with_own_port
+from m2mkd_ds.train.launching.launch import LaunchError, launch_command, launch_environment, spell, with_own_port
 from m2mkd_ds.train.nodes import Node, build_dag
 from m2mkd_ds.train.pipeline import LocalRunner, describe_plan, group, plan_run, run_pipeline, write_config
 from tests.train.finished_run import finish, finish_all, tiny_config

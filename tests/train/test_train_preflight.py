@@ -12,7 +12,7 @@ from m2mkd_ds.config import ConfigError, apply_overrides
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.recipes import get_recipe
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.evaluate_run import _check_equal_steps
+from m2mkd_ds.train.evaluation.of_run import _check_equal_steps
 from m2mkd_ds.train.nodes import build_dag
 from m2mkd_ds.train.phases.end_to_end import baseline_phase
 from m2mkd_ds.train.preflight import as_launched, check_settings

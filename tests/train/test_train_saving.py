@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m2mkd_ds.checkpoint.folders import committed
-from m2mkd_ds.checkpoint.manifest import FileRecord, hash_files, read_manifest, write_manifest
+from m2mkd_ds.checkpoint.saves.folders import committed
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord, hash_files, read_manifest, write_manifest
 from m2mkd_ds.checkpoint.store import StoreError
 from m2mkd_ds.config import CheckpointConfig, ConfigError, PhaseConfig
 from m2mkd_ds.data.plan import StreamState
@@ -28,7 +28,7 @@ from m2mkd_ds.distributed.engine import DeepSpeedEngine
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
-from m2mkd_ds.train.evaluate import Score
+from m2mkd_ds.train.evaluation.evaluate import Score
 from m2mkd_ds.train.nodes import versions
 from m2mkd_ds.train.optim import build_adamw
 from m2mkd_ds.train.resume import resume

@@ -1,7 +1,8 @@
 """One run that is stopped, hung and killed in every way, and goes on each time as if nothing had happened.
 
 Two ranks with a loader worker each, by the real launcher. Each start goes on from what the one before has left; at the end the weights
-are those of a run that nobody disturbed, bit for bit, and so are the scores of its evaluations.
+are those of a run that nobody disturbed, bit for bit, and so are the scores of its evaluations. `stopped` is one such run; `frozen`,
+whose launcher takes half a minute to kill a frozen rank, another, for the slow tests.
 """
 
 from __future__ import annotations
@@ -71,24 +72,23 @@ class Ended:
     failures: dict[int, dict[str, Any]]
 
 
-def strike(out: Path, place: str, fault: Callable[[Job], None], *, verb: str = "pipeline", release_s: float | None = 0.5) -> Ended:
-    """Start the run, wait until both ranks stand at `place`, do `fault`, let them go on after `release_s` (None: never)."""
-    mark = f"stopped.{place.replace(':', '')}"
-    config = out / "stopped" / "config.yaml"
+def strike(out: Path, run: str, place: str, fault: Callable[[Job], None], *, verb: str = "pipeline", release_s: float = 0.5) -> Ended:
+    """Start the run, wait until both ranks stand at `place`, do `fault`, let them go on after `release_s`."""
+    mark = f"{run}.{place.replace(':', '')}"
+    config = out / run / "config.yaml"
     words = [str(SCRIPT), str(out), mark, place]
     if verb == "pipeline":
         command = [sys.executable, *words, "pipeline", "--config", str(config), "--until", PHASE]
     else:
         command = [*launcher_command(2, free_port()), *words, "train", "--config", str(config), "--phase", PHASE]
-    with started(out, command) as job:
+    with started(out, run, command) as job:
         wait_until(lambda: all((out / f"{mark}.ready.{rank}").exists() for rank in (0, 1)), job, 300)
         time.sleep(1.2)  # heartbeats tell where the ranks are
         job.everybody = psutil.Process(job.process.pid).children(recursive=True)
         began = time.time()
         fault(job)
-        if release_s is not None:
-            time.sleep(release_s)
-            (out / f"{mark}.go").touch()
+        time.sleep(release_s)
+        (out / f"{mark}.go").touch()
         output, _ = job.process.communicate(timeout=400)
         _, alive = psutil.wait_procs(job.everybody, timeout=10)
         outcome, failures = records(job.folder)
@@ -96,12 +96,12 @@ def strike(out: Path, place: str, fault: Callable[[Job], None], *, verb: str = "
 
 
 @contextmanager
-def started(out: Path, command: list[str]) -> Iterator[Job]:
+def started(out: Path, run: str, command: list[str]) -> Iterator[Job]:
     job = Job(
         subprocess.Popen(
             command, env=rank_environment(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         ),
-        out / "stopped" / PHASE,
+        out / run / PHASE,
     )  # fmt: skip
     try:
         yield job
@@ -133,91 +133,77 @@ def run_free(out: Path, name: str) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True)
 class Course:
-    """Everything that happened, in order."""
+    """What happened to a run, in order; the undisturbed one lies beside it."""
 
     out: Path
-    signalled_rank: Ended
-    in_evaluation: Ended
-    runner_killed: Ended
-    launcher_signalled: Ended
-    rank_frozen: Ended
-    rank_killed: Ended
+    strikes: dict[str, Ended]
     last: subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopping")
     write_noise(out / "shards")
-    for name in ("straight", "stopped"):
+    for name in ("straight", "stopped", "frozen"):
         write_config(stop_config(out, name))
     straight = run_free(out, "straight")
     assert straight.returncode == 0, straight.stderr[-4000:]
-    return Course(
-        out,
-        strike(out, "step:2", lambda job: os.kill(job.rank(1), signal.SIGTERM), verb="train"),
-        strike(out, "evaluate", lambda job: job.process.send_signal(signal.SIGTERM)),
-        strike(out, "step:7", lambda job: os.kill(job.above(2), signal.SIGKILL), release_s=3.0),
-        strike(out, "step:8", lambda job: os.kill(job.above(1), signal.SIGTERM)),
-        strike(out, "step:10", lambda job: os.kill(job.rank(1), signal.SIGSTOP)),
-        strike(out, "step:11", lambda job: os.kill(job.rank(1), signal.SIGKILL), release_s=1.0),
-        run_free(out, "stopped"),
-    )
+    return out
 
 
-def stops(course: Course) -> dict[str, tuple[Ended, int]]:
-    """Requests to stop, with the step that was saved."""
-    return {
-        "signalled_rank": (course.signalled_rank, 2), "in_evaluation": (course.in_evaluation, EVAL_STEPS),
-        "runner_killed": (course.runner_killed, 7), "launcher_signalled": (course.launcher_signalled, 8),
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def course(out: Path) -> Course:
+    strikes = {
+        "signalled_rank": strike(out, "stopped", "step:2", lambda job: os.kill(job.rank(1), signal.SIGTERM), verb="train"),
+        "in_evaluation": strike(out, "stopped", "evaluate", lambda job: job.process.send_signal(signal.SIGTERM)),
+        "runner_killed": strike(out, "stopped", "step:7", lambda job: os.kill(job.above(2), signal.SIGKILL), release_s=3.0),
+        "rank_killed": strike(out, "stopped", "step:11", lambda job: os.kill(job.rank(1), signal.SIGKILL), release_s=1.0),
+    }
+    return Course(out, strikes, run_free(out, "stopped"))
 
 
-@pytest.mark.parametrize("name", ["signalled_rank", "in_evaluation", "runner_killed", "launcher_signalled"])
-def test_a_request_to_stop_saves_the_step_on_all_ranks_and_exits_75_in_time(course: Course, name: str) -> None:
-    ended, step = stops(course)[name]
+@pytest.fixture(scope="module")
+def slow_course(out: Path) -> Course:
+    strikes = {
+        "launcher_signalled": strike(out, "frozen", "step:2", lambda job: os.kill(job.above(1), signal.SIGTERM)),
+        "rank_frozen": strike(out, "frozen", "step:4", lambda job: os.kill(job.rank(1), signal.SIGSTOP)),
+    }
+    return Course(out, strikes, run_free(out, "frozen"))
+
+
+SAVED = {"signalled_rank": 2, "in_evaluation": EVAL_STEPS, "runner_killed": 7, "launcher_signalled": 2}
+"""Step that each request to stop saves."""
+
+
+def asserts_stopped(ended: Ended, step: int) -> None:
     assert ended.code == 75, ended.output[-4000:]
     assert (ended.outcome["state"], ended.outcome["step"], ended.outcome["exit_code"]) == ("stopped", step, 75)
-    assert ended.failures == {} and ended.seconds < 25
+    assert ended.failures == {} and ended.seconds < 25 and ended.left == []
     assert f"stopped on request in {PHASE} at step {step} (" in ended.output
 
 
-@pytest.mark.parametrize("name", ["signalled_rank", "in_evaluation", "runner_killed", "launcher_signalled", "rank_frozen", "rank_killed"])
-def test_no_process_of_the_job_is_left(course: Course, name: str) -> None:
-    ended: Ended = getattr(course, name)
-    assert ended.left == []
+def asserts_undisturbed(course: Course, run: str) -> None:
+    assert course.last.returncode == 0, course.last.stderr[-4000:]
+    straight, other = (load_file(course.out / name / PHASE / "weights.safetensors") for name in ("straight", run))
+    assert straight.keys() == other.keys() and all(torch.equal(straight[key], other[key]) for key in straight)
+
+
+@pytest.mark.parametrize("name", ["signalled_rank", "in_evaluation", "runner_killed"])
+def test_a_request_to_stop_saves_the_step_on_all_ranks_exits_75_in_time_and_leaves_no_process(course: Course, name: str) -> None:
+    asserts_stopped(course.strikes[name], SAVED[name])
 
 
 def test_the_record_says_who_asked(course: Course) -> None:
-    assert course.runner_killed.outcome["cause"].startswith("the launcher's process ")
-    assert "deepspeed.launcher.runner" in course.runner_killed.outcome["cause"]
-    assert course.in_evaluation.outcome["cause"] == course.launcher_signalled.outcome["cause"] == "SIGTERM"
-    assert course.signalled_rank.outcome["cause"] == "asked of another rank"  # rank 0 writes, rank 1 was asked
-    assert course.signalled_rank.outcome["launcher"] == "deepspeed"
-
-
-def test_a_frozen_rank_is_named_with_its_section_and_the_job_ends(course: Course) -> None:
-    ended = course.rank_frozen
-    assert ended.code == 76
-    diagnosis = ended.failures[0]
-    assert diagnosis["kind"] == "hang" and diagnosis["rank"] == 0
-    assert "rank 1 on " in diagnosis["cause"] and "has not been heard of for" in diagnosis["cause"]
-    assert "last seen in `forward` of step 10, pair 0;" in diagnosis["cause"]
-    # DeepSpeed reduces gradients inside `backward`.
-    assert "; this rank (0) stays in `backward` of step 10, pair 0 since " in diagnosis["cause"]
-    assert f"m2mkd_ds: hung: {diagnosis['cause']}" in ended.output
-    assert f"m2mkd: m2mkd_ds {PHASE} failed on rank 0 (host " in ended.output
-
-
-def test_the_diagnosis_comes_within_five_seconds_of_the_limit(course: Course) -> None:
-    # Rank 0 goes on 0.5 s after the strike, and stands in the collective from then on.
-    struck = course.rank_frozen.outcome["time"] - os.stat(course.out / "stopped.step10.go").st_mtime
-    assert LIMIT_S - 1 < struck < LIMIT_S + 5
+    causes = {name: ended.outcome["cause"] for name, ended in course.strikes.items()}
+    assert causes["runner_killed"].startswith("the launcher's process ") and "deepspeed.launcher.runner" in causes["runner_killed"]
+    assert causes["in_evaluation"] == "SIGTERM"
+    assert causes["signalled_rank"] == "asked of another rank"  # rank 0 writes, rank 1 was asked
+    assert course.strikes["signalled_rank"].outcome["launcher"] == "deepspeed"
 
 
 def test_a_killed_rank_is_missed_and_named_by_the_other_one(course: Course) -> None:
-    ended = course.rank_killed
-    assert ended.code == 1
+    ended = course.strikes["rank_killed"]
+    assert ended.code == 1 and ended.left == []
     assert ended.failures.keys() == {0} and ended.failures[0]["kind"] == "peer"
     assert " has gone without a word: killed? last seen in `forward` of step 11, pair 0" in ended.failures[0]["cause"]
     assert ended.outcome["state"] == "failed" and ended.seconds < 25
@@ -225,9 +211,39 @@ def test_a_killed_rank_is_missed_and_named_by_the_other_one(course: Course) -> N
 
 
 def test_the_weights_are_those_of_the_undisturbed_run_bit_for_bit(course: Course) -> None:
-    assert course.last.returncode == 0, course.last.stderr[-4000:]
-    straight, stopped = (load_file(course.out / name / PHASE / "weights.safetensors") for name in ("straight", "stopped"))
-    assert straight.keys() == stopped.keys() and all(torch.equal(straight[key], stopped[key]) for key in straight)
+    asserts_undisturbed(course, "stopped")
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_on_a_host_stops_all_ranks(slow_course: Course) -> None:
+    asserts_stopped(slow_course.strikes["launcher_signalled"], SAVED["launcher_signalled"])
+    assert slow_course.strikes["launcher_signalled"].outcome["cause"] == "SIGTERM"
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_with_its_section_and_the_job_ends(slow_course: Course) -> None:
+    ended = slow_course.strikes["rank_frozen"]
+    assert ended.code == 76 and ended.left == []
+    diagnosis = ended.failures[0]
+    assert diagnosis["kind"] == "hang" and diagnosis["rank"] == 0
+    assert "rank 1 on " in diagnosis["cause"] and "has not been heard of for" in diagnosis["cause"]
+    assert "last seen in `forward` of step 4, pair 0;" in diagnosis["cause"]
+    # DeepSpeed reduces gradients inside `backward`.
+    assert "; this rank (0) stays in `backward` of step 4, pair 0 since " in diagnosis["cause"]
+    assert f"m2mkd_ds: hung: {diagnosis['cause']}" in ended.output
+    assert f"m2mkd: m2mkd_ds {PHASE} failed on rank 0 (host " in ended.output
+
+
+@pytest.mark.slow
+def test_the_diagnosis_comes_within_five_seconds_of_the_limit(slow_course: Course) -> None:
+    # Rank 0 goes on 0.5 s after the strike, and waits for rank 1 from then on.
+    waited = slow_course.strikes["rank_frozen"].outcome["time"] - os.stat(slow_course.out / "frozen.step4.go").st_mtime
+    assert LIMIT_S - 1 < waited < LIMIT_S + 5
+
+
+@pytest.mark.slow
+def test_after_a_frozen_rank_the_weights_are_those_of_the_undisturbed_run(slow_course: Course) -> None:
+    asserts_undisturbed(slow_course, "frozen")
 
 
 def test_evaluations_that_a_stop_left_out_are_made_up_for(course: Course) -> None:
@@ -241,5 +257,5 @@ def test_evaluations_that_a_stop_left_out_are_made_up_for(course: Course) -> Non
 
 def test_a_run_that_ended_well_has_its_record_and_no_heartbeats(course: Course) -> None:
     outcome, failures = records(course.out / "stopped" / PHASE)
-    assert outcome["state"] == "done" and failures == {}
+    assert (outcome["state"], outcome["step"], failures) == ("done", STEPS, {})
     assert list((course.out / "stopped" / PHASE / "heartbeats").iterdir()) == []

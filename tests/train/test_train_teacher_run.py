@@ -16,7 +16,7 @@ from m2mkd_ds.distributed.world import World
 from m2mkd_ds.teacher.protocol.handshake import check_hello
 from m2mkd_ds.teacher.protocol.wire import FeedError, Hello, Limits
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.teacher_run import check_files, run_fingerprints
+from m2mkd_ds.train.teacher.run import check_files, run_fingerprints
 from tests.train.finished_run import tiny_config
 
 MODULES = ("split/module_0.safetensors", "split/module_1.safetensors")

@@ -15,7 +15,7 @@ from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.teacher.client.connect import connect
 from m2mkd_ds.teacher.protocol.wire import FeedError
 from m2mkd_ds.teacher.server.options import ServerOptions
-from m2mkd_ds.train import teacher_serve
+from m2mkd_ds.train.teacher import serve as teacher_serve
 from tests.launching import free_port
 
 

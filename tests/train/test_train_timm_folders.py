@@ -25,8 +25,8 @@ from m2mkd_ds.models.meta import run_stages
 from m2mkd_ds.models.vit import VitArch
 from m2mkd_ds.timm_models import create_model
 from m2mkd_ds.train.context import load_teacher_stages, open_run
+from m2mkd_ds.train.exports.timm_folders import export_run_teacher
 from m2mkd_ds.train.local_nodes import split
-from m2mkd_ds.train.timm_folders import export_run_teacher
 from tests.checkpoint.students import ARCH, NAMES, STITCHES, exported, run_folder, shaken
 from tests.cli.conftest import m2mkd  # noqa: F401  (a fixture)
 from tests.cli.ended import Run

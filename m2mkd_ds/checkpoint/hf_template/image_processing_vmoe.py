@@ -55,7 +55,8 @@ class VMoEImageProcessor(BaseImageProcessor):
         if unknown:
             raise ValueError(f"unknown image setting {unknown[0]!r}; allowed are {', '.join(_SETTINGS)}")
         settings |= {name: value for name, value in kwargs.items() if value is not None}
-        flat = make_flat_list_of_images(self.fetch_images(images))
+        fetched: Any = self.fetch_images(images)  # its declared type is narrower than what it returns
+        flat: Any = make_flat_list_of_images(fetched)
         pixels = [_pixels(image, settings) for image in flat]
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 

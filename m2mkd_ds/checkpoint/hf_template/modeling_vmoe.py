@@ -122,7 +122,7 @@ class VMoEPreTrainedModel(PreTrainedModel):
     config_class = VMoEConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # forward's **kwargs are for callers of transformers; the loss is the batch's mean, as Trainer must know
     _no_split_modules = ["VMoEBlock"]
@@ -178,13 +178,16 @@ class VMoEPreTrainedModel(PreTrainedModel):
             )
         patches_BLD = self.patch_embed(pixel_values)
         x_BLD = torch.cat([self.cls_token.expand(patches_BLD.shape[0], -1, -1), patches_BLD], dim=1) + self.pos_embed
-        hidden_states, attentions, router_loss = [x_BLD], [], x_BLD.new_zeros((), dtype=torch.float32)
+        router_loss = x_BLD.new_zeros((), dtype=torch.float32)
+        hidden_states = [x_BLD]
+        attentions: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             x_BLD, block_loss, attention = block(self._stitch("pre", i, x_BLD))
             x_BLD = self._stitch("post", i, x_BLD)
             router_loss = router_loss + block_loss
             hidden_states.append(x_BLD)
-            attentions.append(attention)
+            if wants_attentions:
+                attentions.append(attention)
         wants_states = self.config.output_hidden_states if with_hidden_states is None else with_hidden_states
         return x_BLD, router_loss, tuple(hidden_states) if wants_states else None, tuple(attentions) if wants_attentions else None
 

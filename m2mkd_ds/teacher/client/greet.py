@@ -20,7 +20,9 @@ Greeting = Callable[[Connection, Welcome], None]
 class Greeter:
     """Greets servers with `hello`. Safe from several threads."""
 
-    def __init__(self, hello: Hello, connect: Callable[[str], Connection], golden: Greeting | None, *, deadline_s: float, may_decode: bool):
+    def __init__(
+        self, hello: Hello, connect: Callable[[str], Connection], golden: Greeting | None, *, deadline_s: float, may_decode: bool
+    ) -> None:
         """`may_decode`: this trainer may come to make images itself, so its decoder's version must be the servers'."""
         self._hello, self._connect, self._golden = hello, connect, golden
         self._deadline_s, self._decodes = deadline_s, may_decode or hello.payload == "logits"

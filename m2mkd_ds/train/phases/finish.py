@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from m2mkd_ds.checkpoint.retention import prune
+from m2mkd_ds.checkpoint.saves.retention import prune
 from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.distributed.world import barrier
 from m2mkd_ds.logs import logger

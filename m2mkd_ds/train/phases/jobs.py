@@ -25,7 +25,7 @@ from m2mkd_ds.teacher.feed import TeacherBatch
 from m2mkd_ds.trackers.trackers import Trackers, open_trackers
 from m2mkd_ds.train.bad_samples import resolve_cap
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.evaluate import Output, Score, evaluate
+from m2mkd_ds.train.evaluation.evaluate import Output, Score, evaluate
 from m2mkd_ds.train.feeds import FeedPlan, evaluation_loader, make_feed
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.lineage import lineage

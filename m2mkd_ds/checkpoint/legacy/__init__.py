@@ -1,0 +1,1 @@
+"""Checkpoints of the m2mKD authors and of Deep Incubation."""

@@ -1,0 +1,1 @@
+"""What an engine's checkpoint holds: rank files, their layout, and the whole tensors behind them."""

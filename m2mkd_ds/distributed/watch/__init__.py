@@ -1,0 +1,1 @@
+"""What each rank is doing, who hangs, and the records that it leaves."""

@@ -1,0 +1,1 @@
+"""How a run ends: stopped on request, failed with its cause, or hung."""

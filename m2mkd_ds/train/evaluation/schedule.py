@@ -1,0 +1,65 @@
+"""Evaluations in the course of a phase: when they are due, what they leave in the metrics, and those that a stop has left out.
+
+A stop at a step that ends with an evaluation, or in its midst, saves the step at once; the next start finds that the metrics lack the
+evaluation of the step that it goes on from, and makes up for it before it trains.
+"""
+
+from __future__ import annotations
+
+from m2mkd_ds.distributed.watch.activity import section
+from m2mkd_ds.distributed.world import broadcast_object
+from m2mkd_ds.logs import logger, read_metrics
+from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.evaluation.evaluate import EvaluationAbandoned
+from m2mkd_ds.train.job import Job, Trainee
+
+
+def steps_between_evaluations(job: Job) -> int:
+    """0: only at the end."""
+    return max(1, round(job.phase.eval_epochs * job.num_images / job.global_batch_size)) if job.phase.eval_epochs else 0
+
+
+def evaluate_at_step(job: Job, active: list[Trainee]) -> bool:
+    """Put scores into the trainees' pending metrics. False when any rank was asked to stop meanwhile: then there are none. Collective."""
+    try:
+        with section("evaluate", limit="eval", may_wait=True, step=active[0].step):
+            scores = job.evaluate(active)
+    except EvaluationAbandoned:
+        return False
+    for name, score in scores.items():
+        trainee = next(t for t in active if t.name == name)
+        trainee.pending.update({"eval/top1": score.top1, "eval/loss": score.loss_sum / score.images})
+        logger.info("%s: step %d, top-1 %.2f %%", name, trainee.step, 100 * score.top1)
+    return True
+
+
+def owed_evaluations(job: Job) -> list[Trainee]:
+    """Trainees whose last step ends with an evaluation that is not in their metrics. Collective: rank 0, which has the metrics, decides."""
+    every = steps_between_evaluations(job)
+    due = [t for t in job.trainees if t.step and (t.step == job.total_steps or (every and t.step % every == 0))]
+    names = [t.name for t in due if not _is_evaluated(t)] if job.world.is_main else []
+    chosen = broadcast_object(names, what="evaluations left out")
+    return [t for t in due if t.name in chosen]
+
+
+def _is_evaluated(trainee: Trainee) -> bool:
+    lines = read_metrics(trainee.folder / "metrics.jsonl")
+    return any(line["step"] == trainee.step and "eval/top1" in line for line in lines)
+
+
+def catch_up(job: Job, owed: list[Trainee]) -> None:
+    """Evaluate these; their lines in the metrics hold nothing else. Raises StopRequested when the run is stopped again. Collective."""
+    if not evaluate_at_step(job, owed):
+        raise StopRequested(job.phase_name, min(t.step for t in job.trainees), job.stop.why or "asked of another rank")
+    for trainee in owed:
+        write_metrics(job, trainee, trainee.step)
+        trainee.pending = {}
+
+
+def write_metrics(job: Job, trainee: Trainee, done: int) -> None:
+    """The pending metrics of a trainee as those of step `done`; only rank 0 has a writer."""
+    if trainee.metrics is not None and trainee.pending:
+        record = {"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending}
+        trainee.metrics.write(record)
+        if trainee.trackers is not None:
+            trainee.trackers.log(record)

@@ -1,0 +1,1 @@
+"""A run's models as folders and files for other people's tools."""

@@ -1,0 +1,1 @@
+"""Few-shot episodes over the models of a run."""

@@ -1,0 +1,1 @@
+"""A run's teacher as a server, or as stored logits."""

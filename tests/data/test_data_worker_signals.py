@@ -1,0 +1,65 @@
+"""Signals that stop a job come to all of its processes: workers go on, and are ended by the loader alone, also when they are stuck."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from m2mkd_ds.config import DataConfig
+from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.data.loader import TrainLoader
+from m2mkd_ds.data.worker_start import STOP_SIGNALS
+
+
+def loader(folder: Path, index: ShardIndex, steps: int) -> TrainLoader:
+    data = DataConfig(num_classes=10, image_size=8, num_workers=1, train=str(folder / "train"), validation=str(folder / "validation"))
+    return TrainLoader(
+        index, data, seed=0, micro_batch_size=4, accumulation=1, rank=0, world=1, start_step=0, total_steps=steps
+    )  # fmt: skip
+
+
+def family(before: set[int]) -> list[psutil.Process]:
+    """Processes below this one that were not there before: workers, and the server that forks them if this test has started it."""
+    return [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+
+
+def server_of(worker: psutil.Process) -> psutil.Process:
+    parent = worker.parent()
+    assert parent is not None and parent.pid != os.getpid()
+    return parent
+
+
+def test_workers_and_their_server_go_on_under_the_signals_that_stop_a_job(digits_folder: Path, digits_train: ShardIndex) -> None:
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    batches = loader(digits_folder, digits_train, 200)
+    received = iter(batches)
+    next(received)
+    worker = max(family(before), key=lambda process: process.create_time())
+    for process in (worker, server_of(worker)):
+        for number in STOP_SIGNALS:
+            process.send_signal(number)
+    time.sleep(0.5)
+    assert sum(1 for _ in received) == 199
+    batches.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_is_stuck_is_killed_when_the_loader_closes(digits_folder: Path, digits_train: ShardIndex) -> None:
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    batches = loader(digits_folder, digits_train, 200)
+    received = iter(batches)
+    next(received)
+    worker = max(family(before), key=lambda process: process.create_time())
+    os.kill(worker.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 20  # DataLoader alone waits for five seconds, and leaves it
+    deadline = time.monotonic() + 5
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
