@@ -24,7 +24,7 @@ class Measured:
     """What one rank held in one phase; bytes."""
 
     steps_peak: int
-    """The most in a training step, from the second one on."""
+    """The most in a training step, from the second one on, less what the total crept upwards (see `from_windows`)."""
     between_steps: int
     """At the start of the third step."""
     start_peak: int
@@ -74,11 +74,14 @@ class MemoryRow:
 def from_windows(windows: Sequence[Sequence[Any]], resident_peak: int | None, resident_before: int | None) -> Measured:
     """From the windows of `live_memory.watch`, marked `step N` and `evaluate`. Raises ValueError for a run of less than three steps."""
     peaks = {name: (int(at), int(peak)) for name, at, peak in windows}
-    later = [peak for name, (_, peak) in peaks.items() if name.startswith("step ") and name != "step 0"]
     if "step 2" not in peaks or "evaluate" not in peaks:
         raise ValueError(f"the run had the windows {', '.join(peaks)}; three steps and an evaluation are needed")
+    at = [peaks[name][0] for name in ("step 1", "step 2", "evaluate")]
+    # What gloo's threads release is not seen, so the total creeps upwards by as much from step to step. A step ends with what it began
+    # with; the higher of its two ends is what its peak stands on, and the lowest of all ends is the true one.
+    above = max(peaks["step 1"][1] - max(at[:2]), peaks["step 2"][1] - max(at[1:]))
     return Measured(
-        steps_peak=max(later), between_steps=peaks["step 2"][0], start_peak=peaks["start"][1], end_peak=peaks["evaluate"][1],
+        steps_peak=min(at) + above, between_steps=peaks["step 2"][0], start_peak=peaks["start"][1], end_peak=peaks["evaluate"][1],
         resident_peak=resident_peak, resident_before=resident_before,
     )  # fmt: skip
 

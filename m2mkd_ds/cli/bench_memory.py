@@ -104,6 +104,7 @@ def _row(case: MemoryCase, folder: Path, phase: str, ranks: list[dict[str, Any]]
     layout = Layout(
         ranks=case.ranks, ep_size=case.ep_size, micro_batch_size=case.micro_batch, accumulation=case.accumulation, precision=case.precision,
         zero=zero, is_gpu=False, imbalance=_imbalance(Path(config.run_dir) / phase),
+        arriving=_arriving(Path(config.run_dir) / phase, case.ep_size),
     )  # fmt: skip
     found = MemoryModel(config, phase).peak(layout)
     measured = max((from_windows(**rank) for rank in ranks), key=lambda one: one.steps_peak)
@@ -126,6 +127,20 @@ def _imbalance(folder: Path) -> float:
         if name.endswith("/max_over_mean")
     ]
     return sum(found) / len(found)
+
+
+def _arriving(folder: Path, ep_size: int) -> float:
+    """Of the same routing: the share of the rows that the experts of the fullest rank get, times the ranks that share them; of the pair
+    where that is most."""
+    from m2mkd_ds.logs import read_metrics
+
+    fullest = []
+    for file in folder.glob("**/metrics.jsonl"):
+        loads = [value for line in read_metrics(file)[1:] for name, value in line.items() if name.endswith("/load")]
+        local = len(loads[0]) // ep_size
+        ranks = [sum(sum(load[rank * local : (rank + 1) * local]) for load in loads) / len(loads) for rank in range(ep_size)]
+        fullest.append(ep_size * max(ranks))
+    return max(fullest)
 
 
 def _result(command: str, cases: list[MemoryCase], rows: list[MemoryRow], wall_s: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@ settings: contiguous gradients, reduce-scatter by all-reduce of whole buckets).
 
     fp32, stage 1      gradients stay where autograd leaves them; after the last one they move through the bucket into the rank's own buffer
     fp32 and bf16, 2   each gradient moves into the bucket as it arrives; a full bucket is reduced, and the rank keeps its own
-    bf16, stage 1      another optimizer: whole fp32 gradients are always there, each bf16 gradient is added to them and released
+    bf16, stage 1      another optimizer: whole fp32 gradients are always there, and the bf16 ones until the update is over
     stage 3            weights are cut too, and gathered for their use
 
 Every engine follows the same four calls: hold (once), backward (a micro-batch), reduce (once a step), update.
@@ -215,18 +215,25 @@ class Bf16Stage1(Engine):
         self.ledger.add("gradients", FP32 * self.part.padded)
 
     def backward(self, trace: StepTrace, *, is_first: bool, is_last: bool) -> None:
-        """Each bf16 gradient is turned to fp32 and added."""
+        """The bf16 gradients are turned to fp32 and added behind the backward pass, one by one, and stay until the update is over."""
         self.ledger.mark(f"{self.name}: forward", activations=trace.forward_peak)
         for arrival in trace.arrivals:
-            self.ledger.mark(f"{self.name}: backward", activations=arrival.peak)
-            with self.ledger.held("activations", arrival.left + arrival.grad_bytes):
-                self.ledger.mark(f"{self.name}: adding a gradient", temporary=2 * arrival.grad_bytes)
+            self.ledger.mark(f"{self.name}: backward", activations=arrival.peak - arrival.grad_bytes, gradients=arrival.grad_bytes)
+            if is_first:
+                self._keep_raw(arrival.grad_bytes)
+        largest = max(arrival.grad_bytes for arrival in trace.arrivals)
+        self.ledger.mark(f"{self.name}: adding a gradient", temporary=2 * largest)
         self.ledger.mark(f"{self.name}: end of backward", activations=trace.end_peak)
         if is_last:
             for spread in (False, True):
                 sizes = [FP32 * row.padded for row in self.part.rows if (row.names[0] in self.part.spread) == spread]
                 copy = min(sum(sizes), ALL_REDUCE_BYTES) if len(sizes) > 1 else 0
                 self.ledger.mark(f"{self.name}: reducing gradients", temporary=copy)
+
+    def update(self) -> None:
+        """As stage 1; the bf16 gradients go at its end."""
+        super().update()
+        self._keep_raw(-self.raw_grads)
 
     def _copies_own(self, row: int) -> int:
         return 0

@@ -42,6 +42,8 @@ class Layout:
     """Teaching pairs in one job; empty: all."""
     imbalance: float = 1.0
     """Rows of the busiest expert over the mean."""
+    arriving: float = 0.0
+    """Of spread experts: rows that the fullest rank computes over those that it sends; 0: as follows from `imbalance`."""
 
     @property
     def stage(self) -> int:
@@ -106,13 +108,13 @@ class MemoryModel:
         if key not in self._scenes:
             settings = SceneSettings(
                 dtype=DTYPES[layout.precision], backend=self._backend(layout), ep_size=layout.ep_size, pairs=layout.pairs,
-                with_teacher=layout.with_teacher, imbalance=layout.imbalance,
+                with_teacher=layout.with_teacher, imbalance=layout.imbalance, arriving=layout.arriving,
             )  # fmt: skip
             self._scenes[key] = make_scene(self.config, self.phase, settings)
         return self._scenes[key]
 
     def _key(self, layout: Layout) -> tuple[Any, ...]:
-        return (layout.ep_size, layout.precision, layout.is_gpu, layout.with_teacher, layout.pairs, layout.imbalance)
+        return (layout.ep_size, layout.precision, layout.is_gpu, layout.with_teacher, layout.pairs, layout.imbalance, layout.arriving)
 
     def _backend(self, layout: Layout) -> str:
         """What the experts keep: `fused` by itself on a CPU; all others keep rows, z and h, as `loop` does."""

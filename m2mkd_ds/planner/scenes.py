@@ -42,6 +42,8 @@ class SceneSettings:
     ep_size: int = 1
     imbalance: float = 1.0
     """Rows of the busiest expert over the mean."""
+    arriving: float = 0.0
+    """Of spread experts: rows that the fullest rank computes over those that it sends; 0: as follows from `imbalance`."""
     pairs: tuple[int, ...] = ()
     """Teaching pairs in the job; empty: all."""
     with_teacher: bool = True
@@ -132,7 +134,7 @@ def _stitches(pair: TeachingPair, teacher_width: int, student_width: int) -> tup
 
 
 def _ready(module: nn.Module, settings: SceneSettings) -> nn.Module:
-    prepare_experts_(module, settings.backend, settings.ep_size, settings.imbalance)
+    prepare_experts_(module, settings.backend, settings.ep_size, settings.imbalance, settings.arriving)
     return module.to(settings.dtype).train()
 
 

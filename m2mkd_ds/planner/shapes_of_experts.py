@@ -19,7 +19,7 @@ from m2mkd_ds.moe.dispatch import DispatchPlan, combine, permute
 from m2mkd_ds.moe.experts import Experts
 
 
-def prepare_experts_(module: nn.Module, backend: str, ep_size: int, imbalance: float = 1.0) -> None:
+def prepare_experts_(module: nn.Module, backend: str, ep_size: int, imbalance: float = 1.0, arriving: float = 0.0) -> None:
     """Swap every `Experts` of `module`, in place, for one that runs on the meta device with `backend` and E / ep_size experts.
 
     Raises ValueError when ep_size does not divide the experts.
@@ -29,17 +29,19 @@ def prepare_experts_(module: nn.Module, backend: str, ep_size: int, imbalance: f
         num_experts = experts.down_proj.shape[0]
         if num_experts % ep_size:
             raise ValueError(f"{num_experts} experts cannot be spread over ep_size {ep_size} ranks; choose a divisor")
-        setattr(parent, name, (ShapedExperts if ep_size == 1 else SharedExperts)(experts, backend, ep_size, imbalance))
+        setattr(parent, name, (ShapedExperts if ep_size == 1 else SharedExperts)(experts, backend, ep_size, imbalance, arriving))
 
 
 class ShapedExperts(Experts):
     """All experts."""
 
-    def __init__(self, experts: Experts, backend: str, ep_size: int, imbalance: float) -> None:
+    def __init__(self, experts: Experts, backend: str, ep_size: int, imbalance: float, arriving: float = 0.0) -> None:
+        """`arriving`: rows that the fullest rank computes over those that it sends, S / R; 0: it follows from the busiest expert."""
         nn.Module.__init__(self)
         self.backend, self.activation = backend, experts.activation
         self.num_experts, self.ep_size = experts.down_proj.shape[0], ep_size
         self.imbalance = min(max(imbalance, 1.0), float(self.num_experts))
+        self.arriving = arriving
         for name, full in experts.named_parameters():
             share = torch.empty(full.shape[0] // ep_size, *full.shape[1:], dtype=full.dtype, device="meta")
             setattr(self, name, nn.Parameter(share, requires_grad=full.requires_grad))
@@ -59,7 +61,11 @@ class ShapedExperts(Experts):
         mean = num_rows * self.ep_size / self.num_experts
         rest = mean * (self.num_experts - self.imbalance) / max(self.num_experts - 1, 1)
         local = self.num_experts // self.ep_size
-        return torch.tensor([round(self.imbalance * mean + rest * e) for e in range(local)], dtype=torch.int32)
+        first = self.imbalance * mean
+        if self.arriving and self.ep_size > 1:
+            first = min(first, num_rows * self.arriving)
+            rest = (num_rows * self.arriving - first) / max(local - 1, 1)
+        return torch.tensor([round(first + rest * e) for e in range(local)], dtype=torch.int32)
 
 
 class SharedExperts(ShapedExperts):

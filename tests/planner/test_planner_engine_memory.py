@@ -55,6 +55,17 @@ def test_bf16_of_stage_1_holds_whole_fp32_gradients_too() -> None:
     assert {n: s for n, s in ledger.parts.items() if s} == {"weights": 400, "gradients": 800, "masters": 400, "moments": 800}
 
 
+def test_bf16_of_stage_1_keeps_bf16_gradients_until_the_update_is_over() -> None:
+    ledger = Ledger()
+    engine = make_engine(settings(1, precision="bf16"), PART_OF_TWO, ledger, "x")
+    engine.backward(GRADIENTS_ONLY, is_first=True, is_last=True)
+    # All three (800 here), and the largest (400) in fp32, twice as many bytes, on its way to the fp32 gradients. No copy for the
+    # reduction, because there is one row only.
+    assert (ledger.parts["gradients"], ledger.peak.total) == (800, 800 + 800)
+    engine.update()
+    assert ledger.parts["gradients"] == 0
+
+
 def test_stage_1_keeps_all_gradients_until_the_last_and_then_its_own() -> None:
     ledger = backward(settings(1))
     # The forward pass has 5000 and nothing else. The second gradient: 3260 of activations, 240 of its own, the first (160), and the

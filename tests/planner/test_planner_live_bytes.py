@@ -124,6 +124,8 @@ def test_the_fullest_rank_gets_the_rows_of_the_busiest_expert() -> None:
     # each of the others, so the rank of the busiest computes 100 and then 20 rows.
     experts = ShapedExperts(Experts(8, 8, 4), "loop", ep_size=2, imbalance=2.5)
     assert experts.ends(80).tolist() == [100, 120]
+    # Told that 130 rows arrive (1.625 a row sent), the busiest keeps its 100.
+    assert ShapedExperts(Experts(8, 8, 4), "loop", ep_size=2, imbalance=2.5, arriving=1.625).ends(80).tolist() == [100, 130]
     assert ShapedExperts(Experts(8, 8, 4), "loop", ep_size=1, imbalance=1.0).ends(80).tolist() == [20, 40, 60, 80]
 
 
