@@ -34,7 +34,7 @@ def test_a_live_servers_path_is_refused_and_a_dead_ones_taken_over(sharing_servi
         # Somebody else takes the path: stopping must leave what is not ours.
         os.unlink(path)
         third = shm_socket.listen(path)
-        assert first.stop(0.0) and os.path.exists(path)
+        assert first.stop(5.0) and os.path.exists(path)  # its lane may still be saying so
         third.close()
     finally:
         first.stop(0.0)
