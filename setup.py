@@ -47,7 +47,8 @@ DEV_REQUIRES = [
     "onnx>=1.19",  # the extra `onnx`, with the next two
     "onnxscript>=0.5",
     "onnxruntime>=1.22",
-    "wandb>=0.22",  # the extras `wandb` and `trackio`
+    "tensorboard>=2.18",  # the extras of the trackers, with the next two
+    "wandb>=0.22",
     "trackio>=0.10",
 ]
 EXTRAS = {
@@ -57,6 +58,7 @@ EXTRAS = {
     "datasets": ["datasets>=4.0"],
     "teacher": ["pyarrow>=26", "xxhash>=3.5", "prometheus-client>=0.21"],  # pyarrow 25 leaks every Flight server (arrow 50684)
     "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    "tensorboard": ["tensorboard>=2.18"],
     "wandb": ["wandb>=0.22"],
     "trackio": ["trackio>=0.10"],
 }

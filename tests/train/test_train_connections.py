@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from m2mkd_ds.train.connections import MARK, cut_connections, marked_processes
+from m2mkd_ds.train.launching.connections import MARK, cut_connections, marked_processes
 
 # As pdsh does: a child in a session of its own, which outlives its parent and which no signal to a group reaches.
 STARTER = "import subprocess, sys; subprocess.Popen(['sleep', '60'], start_new_session=True); print('ready', flush=True); sys.stdin.read()"
