@@ -20,9 +20,9 @@ from pathlib import Path
 
 from m2mkd_ds.config import ConfigError, LaunchConfig
 from m2mkd_ds.logs import logger
-from m2mkd_ds.train.launching.connections import MARK, cut_connections
 from m2mkd_ds.train.ending.outcome import JobRecords
 from m2mkd_ds.train.ending.stopping import STOP_CODE, StopFlag, StopRequested, end_at_once, listening
+from m2mkd_ds.train.launching.connections import MARK, cut_connections
 from m2mkd_ds.train.launching.hostfile import with_meeting_point
 from m2mkd_ds.train.launching.launch_env import KEEPALIVE, ignored_env_files, sent_environment, write_env_file
 
