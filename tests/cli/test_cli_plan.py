@@ -30,6 +30,9 @@ def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Pat
         (("--cluster", "no.yaml"), "--cluster no.yaml: no such file"),
         (("--pair", "7"), "--pair 7: there are 2 pairs"),
         (("--largest-micro-batch", "0"), "--largest-micro-batch 0"),
+        (("--imbalance", "nan"), "--imbalance is nan; give a number from 1"),
+        (("--imbalance", "inf"), "--imbalance is inf; give a number from 1"),
+        (("--plot", "nowhere/memory.svg"), "--plot nowhere/memory.svg: there is no folder nowhere; make it"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(m2mkd: Run, words: tuple[str, ...], told: str) -> None:

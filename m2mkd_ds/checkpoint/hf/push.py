@@ -56,17 +56,22 @@ class PushPlan:
     """Files of the folder that are not in its manifest, and are not sent."""
 
 
+def check_repo(repo: str) -> None:
+    """Raises ValueError for a repository name that the hub does not allow."""
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo.count("/") != 1:
+        raise ValueError(f"--push is {repo!r}; expected USER/NAME or ORGANISATION/NAME")
+    validate_repo_id(repo)
+
+
 def plan_push(folder: Path, repo: str, *, private: bool, revision: str = "main") -> PushPlan:
     """Check `folder` against its manifest and list what would be sent.
 
     Raises ValueError for a repository name that the hub does not allow, StoreError for a folder without a manifest, or with a file
     that is missing or changed.
     """
-    from huggingface_hub.utils import validate_repo_id
-
-    if repo.count("/") != 1:
-        raise ValueError(f"--push is {repo!r}; expected USER/NAME or ORGANISATION/NAME")
-    validate_repo_id(repo)
+    check_repo(repo)
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise StoreError(f"{folder}: holds no {MANIFEST}; only a folder that `m2mkd export` wrote is pushed")
