@@ -155,4 +155,3 @@ def _images_of_shards(config: RunConfig) -> int:
 
     folder = Path(config.data.train)
     return ShardIndex.load(folder).num_samples if config.data.train and (folder / "index.json").is_file() else 0
-

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from m2mkd_ds.cli import join_overrides, take_launcher_flags
+from m2mkd_ds.cli.app import app
 from m2mkd_ds.config import dump, load
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.recipes import RECIPES, get_recipe
@@ -22,7 +23,7 @@ from tests.cli.ended import Ended, Run
 
 VERBS = (
     "recipes", "shards", "train", "pipeline", "eval", "export", "report", "import", "reshard", "consolidate", "inspect", "few-shot",
-    "bench", "doctor",
+    "bench", "doctor", "export-timm", "export-teacher", "onnx", "plan", "probe-batch", "teacher-server", "teacher-export",
 )  # fmt: skip
 
 
@@ -197,6 +198,14 @@ def test_a_config_file_belongs_to_the_folder_that_it_lies_in(run: Run, tmp_path:
     ended = run("pipeline", "--config", "mine.yaml", "--set", moved, "--dry-run")
     assert f"--config {tmp_path / 'original' / 'config.yaml'} " in ended.out
     assert not (tmp_path / "original").exists() and load(tmp_path / "copy" / "config.yaml") == config
+
+
+def test_what_the_system_refuses_is_said_without_its_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        Path("gone/run").mkdir()
+
+    monkeypatch.setattr(app, "cli", refuse)
+    assert run("report", "x") == (2, "", "m2mkd: gone/run: No such file or directory\n")
 
 
 def test_debug_mode_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

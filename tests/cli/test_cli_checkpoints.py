@@ -120,6 +120,10 @@ def test_an_exported_folder_is_no_damaged_checkpoint(m2mkd: Run, tmp_path: Path,
     code.unlink()
     gone = m2mkd("inspect", asked)
     assert gone.code == 1 and "damaged: " in gone.out and "modeling_vmoe.py" in gone.out
+    for text in ('{"a": 1}', "[]", '{"files": {"x": 1}}', "{"):
+        (folder / "manifest.json").write_text(text)
+        ended = m2mkd("inspect", asked)
+        assert ended.code == 1 and "manifest.json: " in ended.out
 
 
 @pytest.mark.parametrize("name", ["engine_rank_00000.safetensors", "engine_rank_00000.pt"])

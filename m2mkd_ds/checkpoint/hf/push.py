@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.hf_api import RepoFile
 
 from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, read_json
-from m2mkd_ds.checkpoint.hf.manifest import MANIFEST, MODEL_TYPE, verify_manifest
+from m2mkd_ds.checkpoint.hf.manifest import MANIFEST, MODEL_TYPE, read_manifest, verify_manifest
 from m2mkd_ds.logs import logger
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def plan_push(folder: Path, repo: str, *, private: bool, revision: str = "main")
     if not manifest.is_file():
         raise StoreError(f"{folder}: holds no {MANIFEST}; only a folder that `m2mkd export` wrote is pushed")
     verify_manifest(folder)
-    entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
+    entries = read_manifest(folder)
     entries[MANIFEST] = (manifest.stat().st_size, file_sha256(manifest))
     files = tuple(PushFile(name, *entries[name]) for name in sorted(entries))
     left_out = tuple(sorted(p.name for p in folder.iterdir() if p.name not in entries))
