@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,15 @@ def test_what_the_system_refuses_is_said_without_its_number(run: Run, monkeypatc
 
     monkeypatch.setattr(app, "cli", refuse)
     assert run("report", "x") == (2, "", "m2mkd: gone/run: No such file or directory\n")
+
+
+def test_ctrl_c_is_one_line_and_the_code_of_shells(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(**_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(app, "cli", interrupt)
+    ended = run("report", "x")
+    assert ended.code == 130 and ended.err.startswith("m2mkd: interrupted") and ended.err.count("\n") == 1
 
 
 def test_debug_mode_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
