@@ -22,6 +22,12 @@ def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Pat
     assert sum(phase["memory"]["parts"].values()) == phase["memory"]["total"]
 
 
+def test_a_refused_phase_has_its_reason_below_the_table_and_the_headings_stay_whole(m2mkd: Run) -> None:
+    text = m2mkd("plan", "--recipe", "tiny", "--phase", "m2mkd", "--largest-micro-batch", "1", "--set", "m2mkd.ep_size=3").out
+    assert "\n  refused: m2mkd: ep_size 3 does not divide 8 ranks\n" in text
+    assert all(heading in text for heading in ("gradients", "activations", "temporary")) and "\u2026" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
