@@ -102,8 +102,10 @@ def test_inspect_of_a_weights_file(m2mkd: Run, root: Path) -> None:
 
 
 def test_inspect_of_a_run_keeps_to_120_columns(m2mkd: Run, root: Path) -> None:
-    lines = m2mkd("inspect", str(root.parent)).out.splitlines()[1:]
-    assert len(lines) == 3 and max(map(len, lines)) <= 120
+    (root.parent / "run" / "modular_train").mkdir(parents=True)
+    root.rename(root.parent / "run" / "modular_train" / "pair_0")
+    lines = m2mkd("inspect", str(root.parent / "run")).out.splitlines()[1:]
+    assert len(lines) == 3 and max(map(len, lines)) <= 120 and "2 ranks, ep 2, ZeRO-1" in lines[0]
     assert len({line.index("MiB") for line in lines}) == 1
 
 

@@ -167,7 +167,8 @@ def _state(tree: Mapping[str, Any]) -> str:
 def _line(name: str, tree: Mapping[str, Any], width: int) -> str:
     words = [f"  {name:<{width}}", f"{_state(tree):<11}", f"{_mib(tree.get('bytes', 0)):>9}"]
     if "layout" in tree:
-        words.append(_layout(tree["layout"]))
+        layout = tree["layout"]
+        words.append(f"{layout['ranks']} ranks, ep {layout['ep_size']}, ZeRO-{layout['zero_stage']}")
     if "elements" in tree:
         words.append(f"{tree['elements']:,} elements")
     return "  ".join(words)
