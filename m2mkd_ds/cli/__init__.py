@@ -93,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # One clear sentence for what a user can cause; anything else keeps its traceback.
         if os.environ.get("M2MKD_DEBUG"):
             raise
-        bare = isinstance(err, FileNotFoundError) and err.filename and err.strerror  # the system's own: no sentence, and "[Errno 2]"
-        sys.stderr.write(f"m2mkd: {err.filename}: {err.strerror}\n" if bare else f"m2mkd: {err}\n")
+        text = str(err)
+        if isinstance(err, FileNotFoundError) and err.filename and err.strerror:  # the system's own: "[Errno 2] ..."
+            text = f"{err.filename}: {err.strerror}"
+        sys.stderr.write(f"m2mkd: {text}\n")
         sys.exit(2)
     except OSError as err:
         if os.environ.get("M2MKD_DEBUG") or not (err.filename and err.strerror):
