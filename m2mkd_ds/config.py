@@ -275,6 +275,8 @@ def _explain(error: Any) -> str:
         return f"{path}: no such field{_nearest(path)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] == "tuple_type":
+        return f"{path}: expected a list, written '[A,B]' (given {error['input']!r})"
     return f"{path}: {error['msg']} (given {error['input']!r})"
 
 

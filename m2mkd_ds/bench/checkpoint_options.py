@@ -36,6 +36,8 @@ class CheckpointBench:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not self.peers:
             raise ValueError(f"--peers is empty; give one or several of {', '.join(PEERS)}")
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"--folder {self.folder}: no such folder; make it first, on the disk that is to be measured")
 
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""

@@ -75,16 +75,23 @@ def parse_max_memory(words: Sequence[str]) -> dict[Device, int | str]:
         device, equals, size = word.partition("=")
         if not equals or not (device == "cpu" or device.isdecimal()):
             raise ValueError(f"--max-memory {word}: expected DEVICE=SIZE, for example 0=10GB (a GPU's number) or cpu=2GB")
-        parse_size(size)
+        parse_size(size, f"--max-memory {device}")
         limits[int(device) if device.isdecimal() else device] = size
     return limits
 
 
 def _device_map(model: VisionMoE, max_memory: Mapping[Device, int | str] | None) -> dict[str, Device]:
-    """Whole blocks to devices, in running order. Raises ValueError for sizes that are none."""
+    """Whole blocks to devices, in running order. Raises ValueError for sizes that are none and for GPUs that there are not."""
     from accelerate.utils import get_max_memory, infer_auto_device_map
 
-    limits = None if max_memory is None else {d: parse_size(m) if isinstance(m, str) else m for d, m in max_memory.items()}
+    limits = (
+        None if max_memory is None else {d: parse_size(m, f"max_memory of {d}") if isinstance(m, str) else m for d, m in max_memory.items()}
+    )
+    gpus = torch.cuda.device_count()
+    for device in limits or ():
+        if isinstance(device, int) and device >= gpus:
+            have = f"are GPUs 0 to {gpus - 1}" if gpus else "is none"
+            raise ValueError(f"max_memory names GPU {device}; here {have}; name those, or cpu")
     # dtype: the files may hold bf16, but the model computes, and lies in memory, in fp32.
     return dict(infer_auto_device_map(model, get_max_memory(limits), no_split_module_classes=["Block"], dtype=torch.float32))
 

@@ -2,7 +2,8 @@
 
 A pre-parser takes what the `deepspeed` launcher and its users add (`--local_rank N`, `--deepspeed`, `--deepspeed_config FILE`),
 tyro parses the rest. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped on request with everything saved (the same
-command goes on), 76 a rank hung and was ended by its watchdog, 77 a loss or gradient became NaN or infinite.
+command goes on), 76 a rank hung and was ended by its watchdog, 77 a loss or gradient became NaN or infinite,
+130 interrupted by Ctrl-C (verbs other than train and pipeline, which save and end with 75).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from m2mkd_ds.cli import (  # noqa: F401  # isort: skip  (they register their ve
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError
 
+INTERRUPTED_CODE = 130
+"""What shells give for a command that Ctrl-C ended: 128 + SIGINT."""
 _TAUGHT_VERBS: dict[str, Callable[..., None]] = {
     "few-shot": few_shot.few_shot, "teacher-server": teacher.teacher_server, "teacher-export": teacher.teacher_export,
     "onnx": onnx.onnx, "plan": plan.plan, "probe-batch": probe.probe_batch,
@@ -90,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # One clear sentence for what a user can cause; anything else keeps its traceback.
         if os.environ.get("M2MKD_DEBUG"):
             raise
-        sys.stderr.write(f"m2mkd: {err}\n")
+        text = str(err)
+        if isinstance(err, FileNotFoundError) and err.filename and err.strerror:  # the system's own: "[Errno 2] ..."
+            text = f"{err.filename}: {err.strerror}"
+        sys.stderr.write(f"m2mkd: {text}\n")
         sys.exit(2)
     except OSError as err:
         if os.environ.get("M2MKD_DEBUG") or not (err.filename and err.strerror):
@@ -110,6 +116,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         _say(err)
         sys.exit(code)
+    except KeyboardInterrupt:  # training has its own answer to Ctrl-C (it saves); the other verbs have nothing to save
+        if os.environ.get("M2MKD_DEBUG"):
+            raise
+        sys.stderr.write("m2mkd: interrupted\n")
+        sys.exit(INTERRUPTED_CODE)
     except Exception as err:
         from m2mkd_ds.train.ending.stopping import STOP_CODE, StopRequested
 

@@ -30,7 +30,7 @@ ALL_CASES = (*CASES, SPREAD_CASE, SMALL_CASE)
 @bench_app.command
 def memory(
     *,
-    cases: tuple[str, ...] = (),
+    cases: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = (),
     quick: bool = False,
     out_dir: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
     child: Annotated[int, tyro.conf.arg(help_behavior_hint="(not for users)")] = -1,
@@ -45,7 +45,7 @@ def memory(
     Exit code 1 if a prediction is more than 10 % off.
 
     Args:
-        cases: Names of cases, for example "weights, 2 ranks"; by default all.
+        cases: Names of cases, for example "weights, 2 ranks".
         quick: One small case only.
         out_dir: Folder for plan_memory_cpu.json and .md; without it, only the table is printed.
         child: Number of the case that this rank of a launched job runs.

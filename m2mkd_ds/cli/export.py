@@ -50,6 +50,8 @@ def export(
         raise ConfigError(f"the target folder is given twice: {target} and --out {out_dir}; give one")
     if not push and (private or dry_run or revision != "main"):
         raise ConfigError("--private, --revision and --dry-run say how to push; give --push USER/NAME too")
+    if push:
+        _check_repo(push)  # before a minute of exporting
     chosen = target or out_dir
     if not (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
         if not push or chosen or what != "student" or dtype != "fp32" or max_shard_size or licence:
@@ -78,6 +80,12 @@ def export(
 def default_target(run: Path, what: str, dtype: str) -> Path:
     """RUN/export/model is the run's own record of its student in fp32; anything else lies beside it."""
     return run / "export" / ("model" if (what, dtype) == ("student", "fp32") else f"{what}-{dtype}")
+
+
+def _check_repo(repo: str) -> None:
+    from m2mkd_ds.checkpoint.hf.push import check_repo
+
+    check_repo(repo)
 
 
 def _push(folder: Path, repo: str, *, private: bool, revision: str, dry_run: bool) -> None:

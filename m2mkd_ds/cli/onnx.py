@@ -42,6 +42,8 @@ def onnx(
     """
     if batch != "dynamic" and not batch.isdecimal():
         raise ConfigError(f"--batch is {batch!r}; allowed is `dynamic` or a number from 1")
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder; name the file to write, such as {file / 'student.onnx'}")
     from m2mkd_ds.train.exports.onnx_files import OnnxOptions, student_onnx, teacher_onnx
 
     setup_logging()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,8 +95,10 @@ def plan(
     hosts = replace(base, **{name: value for name, value in given.items() if value is not None})
     resolved = resolve(config, recipe, "", set)
     names = _phases(resolved, phase)
-    if imbalance < 1:
-        raise ValueError(f"--imbalance is {imbalance:g}; the busiest expert has at least the mean, which is 1")
+    if not 1 <= imbalance < inf:
+        raise ValueError(f"--imbalance is {imbalance:g}; give a number from 1, because the busiest expert has at least the mean")
+    if plot is not None and not plot.parent.is_dir():
+        raise ValueError(f"--plot {plot}: there is no folder {plot.parent}; make it, or name a file elsewhere")
     if images < 0 or largest_micro_batch < 1:
         raise ValueError(f"--images is {images} and --largest-micro-batch {largest_micro_batch}; give at least 0 and 1")
     options = PlanOptions(
@@ -152,4 +155,3 @@ def _images_of_shards(config: RunConfig) -> int:
 
     folder = Path(config.data.train)
     return ShardIndex.load(folder).num_samples if config.data.train and (folder / "index.json").is_file() else 0
-

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 from m2mkd_ds.cli.app import Overrides, app, out
 from m2mkd_ds.cli.resolve import resolve
+from m2mkd_ds.config import ConfigError
 from m2mkd_ds.logs import setup_logging
 
 
@@ -43,6 +45,8 @@ def probe_batch(
     from m2mkd_ds.train.probe_batch import probe_batch as probe
 
     setup_logging()
+    if not 0 <= memory_gb < inf:
+        raise ConfigError(f"--memory-gb is {memory_gb:g}; give a number of 10^9 bytes above 0, or 0 for what is free now")
     resolved = resolve(config, recipe, run_dir, set)
     limit = int(memory_gb * 1e9) if memory_gb else None
     out(describe(probe(resolved, phase, memory_bytes=limit, headroom=headroom, most=most, pairs=pair), resolved, phase))

@@ -28,7 +28,7 @@ def format_run_plan(plan: RunPlan) -> str:
         _head(plan),
         _table("Parameters, millions", _PARAMETER_COLUMNS, map(_parameters, plan.phases)),
         _table(f"Memory of a rank at its fullest moment as configured, {size.name}", memory, [_memory(plan, p, size) for p in plan.phases]),
-        "".join(f"  fullest: {phase.memory.when}\n" for phase in plan.phases if phase.memory),
+        "".join(_paragraph(_below_memory(phase), "  ") for phase in plan.phases),
         _table(
             f"Work of an image, {flops.name}; of a step, PFLOP; what a rank sends in a step, {size.name}, and how long links need for it",
             _WORK_COLUMNS, [_work(phase, size, flops) for phase in plan.phases],
@@ -105,10 +105,15 @@ def _parameters(phase: PhasePlan) -> list[str]:
 
 def _memory(plan: RunPlan, phase: PhasePlan, size: _Unit) -> list[str]:
     if phase.memory is None:
-        return [phase.name, *[""] * len(PARTS), "", f"refused: {phase.refused}"]
+        return [phase.name, *[""] * len(PARTS), "", "refused"]
     over = phase.memory.total - plan.cluster.usable_bytes
     verdict = "fits" if over <= 0 else f"{size(over)} too much"
     return [phase.name, *(size(phase.memory.parts[part]) for part in PARTS), size(phase.memory.total), verdict]
+
+
+def _below_memory(phase: PhasePlan) -> str:
+    """A column could not hold it, or would push the others together."""
+    return f"fullest: {phase.memory.when}" if phase.memory else f"refused: {phase.name}: {phase.refused}"
 
 
 def _work(phase: PhasePlan, size: _Unit, flops: _Unit) -> list[str]:

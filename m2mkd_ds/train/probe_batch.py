@@ -62,8 +62,8 @@ def probe_batch(config: RunConfig, name: str, *, memory_bytes: int | None, headr
     `memory_bytes`: what one rank may use; None: what is free now (of the GPU, else of the host). `headroom`: share of it that stays free.
     Raises ConfigError for a phase that there is not, ValueError for a pair, RuntimeError with the child's words when a step fails.
     """
-    if name not in PHASES and name != "baseline":
-        raise ConfigError(f"--phase {name}: only training has batches; allowed are {', '.join((*PHASES, 'baseline'))}")
+    if name not in PHASES:
+        raise ConfigError(f"--phase {name}: only training has batches; allowed are {', '.join(PHASES)}")
     if not 0.0 <= headroom < 1.0:
         raise ConfigError(f"--headroom is {headroom}; it is the share of the memory that stays free, from 0 to less than 1")
     unit = _unit(config)

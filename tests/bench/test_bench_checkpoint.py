@@ -70,6 +70,8 @@ def test_wrong_numbers_are_refused() -> None:
         CheckpointBench(mib=0).check()
     with pytest.raises(ValueError, match="--peers is empty"):
         CheckpointBench(peers=()).check()
+    with pytest.raises(ValueError, match="--folder /nowhere: no such folder; make it first"):
+        CheckpointBench(folder=Path("/nowhere")).check()
 
 
 def test_defaults_are_left_out_of_the_command() -> None:

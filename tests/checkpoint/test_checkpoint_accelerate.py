@@ -59,8 +59,10 @@ def test_a_map_with_gaps_and_sizes_that_are_none_are_refused(tmp_path: Path) -> 
         load_big_model(folder, device_map={"blocks": "cpu"})
     assert parse_max_memory(["0=10GB", "cpu=500MB"]) == {0: "10GB", "cpu": "500MB"}
     for word in ("cpu", "gpu=1GB", "cpu=much"):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match="--max-memory cpu|--max-memory gpu=1GB: expected"):
             parse_max_memory([word])
+    with pytest.raises(ValueError, match="max_memory names GPU 99; here (is none|are GPUs 0 to .*); name those, or cpu"):
+        load_big_model(folder, max_memory={99: "1GB"})
 
 
 CHILD = """

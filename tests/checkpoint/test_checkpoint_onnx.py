@@ -208,3 +208,5 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, m2mkd: Run, words
     folder = exported(shaken(), tmp_path / "hf")
     ended = m2mkd("onnx", str(folder), "out.onnx", *words)
     assert ended.code == 2 and message in ended.err and not Path("out.onnx").exists()
+    ended = m2mkd("onnx", str(folder), ".")
+    assert ended.code == 2 and ended.err == "m2mkd: .: is a folder; name the file to write, such as student.onnx\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from m2mkd_ds.cli import join_overrides, take_launcher_flags
+from m2mkd_ds.cli.app import app
 from m2mkd_ds.config import dump, load
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.recipes import RECIPES, get_recipe
@@ -22,7 +24,7 @@ from tests.cli.ended import Ended, Run
 
 VERBS = (
     "recipes", "shards", "train", "pipeline", "eval", "export", "report", "import", "reshard", "consolidate", "inspect", "few-shot",
-    "bench", "doctor",
+    "bench", "doctor", "export-timm", "export-teacher", "onnx", "plan", "probe-batch", "teacher-server", "teacher-export",
 )  # fmt: skip
 
 
@@ -197,6 +199,23 @@ def test_a_config_file_belongs_to_the_folder_that_it_lies_in(run: Run, tmp_path:
     ended = run("pipeline", "--config", "mine.yaml", "--set", moved, "--dry-run")
     assert f"--config {tmp_path / 'original' / 'config.yaml'} " in ended.out
     assert not (tmp_path / "original").exists() and load(tmp_path / "copy" / "config.yaml") == config
+
+
+def test_what_the_system_refuses_is_said_without_its_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        Path("gone/run").mkdir()
+
+    monkeypatch.setattr(app, "cli", refuse)
+    assert run("report", "x") == (2, "", "m2mkd: gone/run: No such file or directory\n")
+
+
+def test_ctrl_c_is_one_line_and_the_code_of_shells(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(**_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(app, "cli", interrupt)
+    ended = run("report", "x")
+    assert ended.code == 130 and ended.err.startswith("m2mkd: interrupted") and ended.err.count("\n") == 1
 
 
 def test_debug_mode_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

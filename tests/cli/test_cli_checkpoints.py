@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from m2mkd_ds.checkpoint.store import save_weights, verify_checkpoint
 from tests.checkpoint.checkpoint_maker import SHAPES, Bomb, make_checkpoint, make_state
+from tests.checkpoint.exported_models import export, make_model
 from tests.cli.ended import Run
 
 ELEMENTS = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
@@ -98,6 +99,33 @@ def test_inspect_of_a_weights_file(m2mkd: Run, root: Path) -> None:
     assert ended.code == 1 and "weights.safetensors: damaged or not a safetensors file" in ended.out
     ended = m2mkd("inspect", "nowhere")
     assert ended.code == 2 and "nowhere: neither a checkpoint folder" in ended.err
+
+
+def test_inspect_of_a_run_keeps_to_120_columns(m2mkd: Run, root: Path) -> None:
+    (root.parent / "run" / "modular_train").mkdir(parents=True)
+    root.rename(root.parent / "run" / "modular_train" / "pair_0")
+    lines = m2mkd("inspect", str(root.parent / "run")).out.splitlines()[1:]
+    assert len(lines) == 3 and max(map(len, lines)) <= 120 and "2 ranks, ep 2, ZeRO-1" in lines[0]
+    assert len({line.index("MiB") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_exported_folder_is_no_damaged_checkpoint(m2mkd: Run, tmp_path: Path, inside: bool) -> None:
+    folder = export(make_model(), tmp_path / "run" / "exported")
+    asked = str(folder.parent if inside else folder)
+    good = m2mkd("inspect", asked)
+    assert good.code == 0 and "header good" in good.out and "0 checkpoints, 1 weights files" in good.out
+    code = folder / "modeling_vmoe.py"
+    code.write_text(code.read_text() + "x = 1\n")
+    changed = m2mkd("inspect", asked)
+    assert changed.code == 1 and "damaged: " in changed.out and "modeling_vmoe.py: changed since the export" in changed.out
+    code.unlink()
+    gone = m2mkd("inspect", asked)
+    assert gone.code == 1 and "damaged: " in gone.out and "modeling_vmoe.py" in gone.out
+    for text in ('{"a": 1}', "[]", '{"files": {"x": 1}}', "{"):
+        (folder / "manifest.json").write_text(text)
+        ended = m2mkd("inspect", asked)
+        assert ended.code == 1 and "manifest.json: " in ended.out
 
 
 @pytest.mark.parametrize("name", ["engine_rank_00000.safetensors", "engine_rank_00000.pt"])

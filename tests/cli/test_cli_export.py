@@ -15,7 +15,9 @@ import pytest
 from m2mkd_ds.checkpoint.hf.load import load_exported
 from m2mkd_ds.cli import main
 from m2mkd_ds.cli.export import default_target
+from m2mkd_ds.config import dump
 from m2mkd_ds.data.sources.registry import make_source
+from m2mkd_ds.recipes import get_recipe
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 from tests.checkpoint.exported_models import export, make_model
 from tests.train.exportable_run import make_run
@@ -89,6 +91,13 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(
         main(["export", str(folder), *words])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_a_wrong_repository_is_said_before_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(dump(get_recipe("tiny")))
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path), "--push", "vmoe"])
+    assert ended.value.code == 2 and capsys.readouterr().err == "m2mkd: --push is 'vmoe'; expected USER/NAME or ORGANISATION/NAME\n"
 
 
 def test_exit_codes_of_a_push(folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,12 @@ def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Pat
     assert sum(phase["memory"]["parts"].values()) == phase["memory"]["total"]
 
 
+def test_a_refused_phase_has_its_reason_below_the_table_and_the_headings_stay_whole(m2mkd: Run) -> None:
+    text = m2mkd("plan", "--recipe", "tiny", "--phase", "m2mkd", "--largest-micro-batch", "1", "--set", "m2mkd.ep_size=3").out
+    assert "\n  refused: m2mkd: ep_size 3 does not divide 8 ranks\n" in text
+    assert all(heading in text for heading in ("gradients", "activations", "temporary")) and "\u2026" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -30,6 +36,9 @@ def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Pat
         (("--cluster", "no.yaml"), "--cluster no.yaml: no such file"),
         (("--pair", "7"), "--pair 7: there are 2 pairs"),
         (("--largest-micro-batch", "0"), "--largest-micro-batch 0"),
+        (("--imbalance", "nan"), "--imbalance is nan; give a number from 1"),
+        (("--imbalance", "inf"), "--imbalance is inf; give a number from 1"),
+        (("--plot", "nowhere/memory.svg"), "--plot nowhere/memory.svg: there is no folder nowhere; make it"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(m2mkd: Run, words: tuple[str, ...], told: str) -> None:

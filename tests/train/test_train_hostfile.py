@@ -56,6 +56,8 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"launch\.hostfile /: a folder; name a file"):
+        read_hostfile(Path("/"))
     with pytest.raises(ConfigError, match=r"launch\.hostfile /nowhere/hosts: no such file"):
         read_hostfile(Path("/nowhere/hosts"))
 

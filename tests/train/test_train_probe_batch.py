@@ -147,3 +147,9 @@ def test_a_real_limit_is_kept(tmp_path: Path) -> None:
 def test_config_errors_are_config_errors() -> None:
     with pytest.raises(ConfigError, match="only training has batches"):
         probe_batch(get_recipe("tiny"), "evaluate", memory_bytes=None, headroom=0.1, most=8)
+
+
+@pytest.mark.parametrize("number", ["-1", "nan", "inf"])
+def test_memory_is_a_number_of_bytes(m2mkd: Run, number: str) -> None:  # noqa: F811
+    ended = m2mkd("probe-batch", "--recipe", "tiny", "--phase", "m2mkd", "--memory-gb", number)
+    assert ended.code == 2 and f"--memory-gb is {number}; give a number" in ended.err and ended.err.count("\n") == 1

@@ -35,7 +35,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.replace(temp, out)
         fsync_path(out.parent)
     except (OSError, SafetensorError) as err:
-        raise StoreError(f"{out}: not exported ({err}); free space or choose another folder, then run it again") from err
+        raise StoreError(f"{out}: not exported ({err.strerror or err}); free space or choose another folder, then run it again") from err
     finally:
         if old.exists() and not out.exists():
             os.replace(old, out)
@@ -68,9 +68,9 @@ def write_shards(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype
         write_json_atomic(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, what: str = "export.max_shard_size") -> int:
     """`500KB`, `2GB`, `123` -> bytes (powers of 1000, as in transformers). Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB|TB)", text.strip(), re.IGNORECASE)
     if not match or int(match[1]) == 0:
-        raise ValueError(f"export.max_shard_size is {text!r}; expected a positive number of bytes such as 500MB or 2GB")
+        raise ValueError(f"{what} is {text!r}; expected a positive number of bytes such as 500MB or 2GB")
     return int(match[1]) * 1000 ** ["", "KB", "MB", "GB", "TB"].index(match[2].upper())

@@ -21,11 +21,20 @@ def write_manifest(folder: Path) -> None:
     write_json_atomic(folder / MANIFEST, {"format": 1, "files": files})
 
 
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (bytes, SHA-256). Raises StoreError for a manifest that cannot be read or was not written by `write_manifest`."""
+    tree = read_json(folder / MANIFEST)
+    try:
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in tree["files"].items()}
+    except (KeyError, TypeError, AttributeError) as err:
+        raise StoreError(f"{folder / MANIFEST}: not the manifest of an exported folder; export it again") from err
+
+
 def verify_manifest(folder: Path) -> None:
     """Compare every file with the manifest, if there is one (transformers' save_pretrained writes none). Raises StoreError."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return
-    for name, entry in read_json(manifest)["files"].items():
-        if file_sha256(folder / name) != entry["sha256"]:
+    for name, (_, sha256) in read_manifest(folder).items():
+        if file_sha256(folder / name) != sha256:
             raise StoreError(f"{folder / name}: changed since the export (its SHA-256 is not the manifest's); export it again")

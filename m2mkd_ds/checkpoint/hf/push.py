@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.hf_api import RepoFile
 
 from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, read_json
-from m2mkd_ds.checkpoint.hf.manifest import MANIFEST, MODEL_TYPE, verify_manifest
+from m2mkd_ds.checkpoint.hf.manifest import MANIFEST, MODEL_TYPE, read_manifest, verify_manifest
 from m2mkd_ds.logs import logger
 
 if TYPE_CHECKING:
@@ -56,22 +56,27 @@ class PushPlan:
     """Files of the folder that are not in its manifest, and are not sent."""
 
 
+def check_repo(repo: str) -> None:
+    """Raises ValueError for a repository name that the hub does not allow."""
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo.count("/") != 1:
+        raise ValueError(f"--push is {repo!r}; expected USER/NAME or ORGANISATION/NAME")
+    validate_repo_id(repo)
+
+
 def plan_push(folder: Path, repo: str, *, private: bool, revision: str = "main") -> PushPlan:
     """Check `folder` against its manifest and list what would be sent.
 
     Raises ValueError for a repository name that the hub does not allow, StoreError for a folder without a manifest, or with a file
     that is missing or changed.
     """
-    from huggingface_hub.utils import validate_repo_id
-
-    if repo.count("/") != 1:
-        raise ValueError(f"--push is {repo!r}; expected USER/NAME or ORGANISATION/NAME")
-    validate_repo_id(repo)
+    check_repo(repo)
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise StoreError(f"{folder}: holds no {MANIFEST}; only a folder that `m2mkd export` wrote is pushed")
     verify_manifest(folder)
-    entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
+    entries = read_manifest(folder)
     entries[MANIFEST] = (manifest.stat().st_size, file_sha256(manifest))
     files = tuple(PushFile(name, *entries[name]) for name in sorted(entries))
     left_out = tuple(sorted(p.name for p in folder.iterdir() if p.name not in entries))

@@ -1,4 +1,4 @@
-"""What lies at a path: a checkpoint, a weights file, or a run folder with all of its checkpoints; as plain JSON data.
+"""What lies at a path: a checkpoint, a weights file, a run folder with all of its checkpoints, or an exported folder; as plain JSON data.
 
 Every byte that a manifest lists is read and compared. Headers are read, tensors are not; nothing is run.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd_ds.checkpoint.atomic import StoreError
+from m2mkd_ds.checkpoint.hf.manifest import verify_manifest
 from m2mkd_ds.checkpoint.saves.manifest import FileRecord, check_file, read_manifest
 from m2mkd_ds.checkpoint.state.find import is_checkpoint
 from m2mkd_ds.checkpoint.state.layout import layout_kind
@@ -20,6 +21,9 @@ from m2mkd_ds.checkpoint.store import read_metadata
 
 Tree = dict[str, Any]
 
+_EXPORTED = "config.json"
+"""By this a folder that `m2mkd export` or `export-timm` wrote is known."""
+
 
 def describe(path: Path) -> Tree:
     """`{what: checkpoint | weights | folder, path, damage: [sentences], ...}`; `damage` is empty for what verifies.
@@ -28,6 +32,8 @@ def describe(path: Path) -> Tree:
     """
     if path.is_file() and path.suffix == ".safetensors":
         return describe_weights(path)
+    if path.is_dir() and (path / _EXPORTED).is_file():
+        return describe_folder(path)  # its manifest.json is not that of a checkpoint
     if is_checkpoint(path):
         return describe_checkpoint(path)
     if path.is_dir():
@@ -70,7 +76,7 @@ def describe_weights(path: Path) -> Tree:
 
 
 def describe_folder(folder: Path) -> Tree:
-    """A run, a phase, or a folder of checkpoints: each checkpoint below it, and each weights file."""
+    """A run, a phase, or a folder of checkpoints: each checkpoint below it, each weights file, and the files of each exported folder."""
     steps = (path for path in sorted(folder.rglob("step-*")) if not path.name.endswith(".tmp"))
     checkpoints = [path for path in steps if is_checkpoint(path)]
     rank_files = {path for step in checkpoints for path in step.glob("engine_rank_*")}
@@ -80,12 +86,21 @@ def describe_folder(folder: Path) -> Tree:
     found = [describe_checkpoint(path) for path in checkpoints]
     files = [describe_weights(path) for path in weights]
     damage = [message for tree in (*found, *files) for message in tree["damage"]]
+    damage += [message for file in sorted(folder.rglob(_EXPORTED)) if (message := _export_damage(file.parent))]
     return {"what": "folder", "path": str(folder), "damage": damage, "checkpoints": found, "weights": files}
 
 
 def _damage(path: Path, expected: FileRecord) -> str:
     try:
         check_file(path, expected)
+    except StoreError as err:
+        return str(err)
+    return ""
+
+
+def _export_damage(folder: Path) -> str:
+    try:
+        verify_manifest(folder)
     except StoreError as err:
         return str(err)
     return ""
@@ -135,7 +150,9 @@ def as_text(tree: Mapping[str, Any]) -> str:
     """`describe`'s answer for people."""
     if tree["what"] == "folder":
         lines = [f"{tree['path']}: {len(tree['checkpoints'])} checkpoints, {len(tree['weights'])} weights files"]
-        lines += [_line(one, tree["path"]) for one in (*tree["checkpoints"], *tree["weights"])]
+        found = [(Path(one["path"]).relative_to(tree["path"]).as_posix(), one) for one in (*tree["checkpoints"], *tree["weights"])]
+        width = max(len(name) for name, _ in found)
+        lines += [_line(name, one, width) for name, one in found]
     else:
         lines = [f"{tree['path']}: {_state(tree)}", *_fields(tree)]
     return "\n".join([*lines, *(f"damaged: {message}" for message in tree["damage"])])
@@ -147,11 +164,11 @@ def _state(tree: Mapping[str, Any]) -> str:
     return "header good" if tree["what"] == "weights" else "verified"
 
 
-def _line(tree: Mapping[str, Any], root: str) -> str:
-    name = Path(tree["path"]).relative_to(root).as_posix()
-    words = [f"  {name:<56}", f"{_state(tree):<12}", f"{_mib(tree.get('bytes', 0)):>12}"]
+def _line(name: str, tree: Mapping[str, Any], width: int) -> str:
+    words = [f"  {name:<{width}}", f"{_state(tree):<11}", f"{_mib(tree.get('bytes', 0)):>9}"]
     if "layout" in tree:
-        words.append(_layout(tree["layout"]))
+        layout = tree["layout"]
+        words.append(f"{layout['ranks']} ranks, ep {layout['ep_size']}, ZeRO-{layout['zero_stage']}")
     if "elements" in tree:
         words.append(f"{tree['elements']:,} elements")
     return "  ".join(words)

@@ -22,6 +22,8 @@ _FILTERS = ("-i", "--include", "-e", "--exclude")
 
 def read_hostfile(file: Path) -> dict[str, int]:
     """{host: slots} in the order of the file. Raises ConfigError naming the line that is not `NAME slots=N`."""
+    if file.is_dir():
+        raise ConfigError(f"launch.hostfile {file}: a folder; name a file of lines `NAME slots=RANKS` (scripts/hostfile.example)")
     if not file.is_file():
         raise ConfigError(f"launch.hostfile {file}: no such file; scripts/hostfile.example shows one")
     hosts: dict[str, int] = {}
