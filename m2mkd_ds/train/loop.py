@@ -59,7 +59,9 @@ def train(job: Job) -> None:
     checkpoint of other data or of another global batch.
     """
     for trainee in job.trainees:
-        resume(trainee, job)
+        # Rank 0 reads every byte of a checkpoint, while the others wait: as long as writing it, and not what a start may take.
+        with section("resume", limit="save", may_wait=True):
+            resume(trainee, job)
     start = min(trainee.step for trainee in job.trainees)
     owed = owed_evaluations(job)
     if start == job.total_steps and not owed:

@@ -25,6 +25,7 @@ from m2mkd_ds.data.plan import StreamState
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
+from m2mkd_ds.distributed.watch.activity import section, snapshot
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
@@ -244,6 +245,41 @@ def test_other_versions_go_on_and_are_told(world: World, tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, "m2mkd_ds"):
         resume(again.trainees[0], again)
     assert again.trainees[0].step == 12 and f"made with other versions (torch 1.0 -> {versions()['torch']})" in caplog.text
+
+
+def test_checkpoints_of_one_setting_outlive_a_start_with_a_mistaken_one_and_its_correction(world: World, tmp_path: Path) -> None:
+    for fingerprint in ("right", "mistaken", "right", "mistaken"):
+        job, _ = make_job(world, tmp_path, CheckpointConfig(), steps=5)
+        job.trainees[0].fingerprint = fingerprint
+        loop.train(job)
+    owners = {
+        folder.name: {read_manifest(path)["record"]["fingerprint"] for _, path in committed(folder)}
+        for folder in tmp_path.glob("checkpoints*")
+    }
+    assert owners == {
+        "checkpoints": {"mistaken"}, "checkpoints.outdated": {"right"}, "checkpoints.outdated-2": {"mistaken"},
+        "checkpoints.outdated-3": {"right"},
+    }  # fmt: skip
+
+
+def test_a_checkpoint_is_read_back_under_the_limit_of_a_save(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    monkeypatch.setattr(loop, "resume", lambda trainee, job: limits.append(snapshot().limit))
+    with section("start", limit="start"):
+        loop.train(make_job(world, tmp_path, CheckpointConfig())[0])
+    assert limits == ["save"]
+
+
+def test_a_record_of_a_result_that_cannot_be_read_is_told_as_such(world: World, tmp_path: Path) -> None:
+    loop.train(make_job(world, tmp_path, CheckpointConfig())[0])
+    (tmp_path / "done.json").write_text('{"half": ')
+    job = make_job(world, tmp_path, CheckpointConfig())[0]
+    told: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2mkd_ds.train.resume.broadcast_object", lambda value: told.append(value) or value)
+        with pytest.raises(StoreError, match="done.json: damaged"):
+            resume(job.trainees[0], job)
+    assert len(told) == 1  # the other ranks wait for it
 
 
 def test_when_all_checkpoints_are_broken_the_run_does_not_begin_again(world: World, tmp_path: Path) -> None:
