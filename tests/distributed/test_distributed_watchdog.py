@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.distributed.watch.activity import CollectiveError, Section, Snapshot, collective, section, snapshot, where_raised
-from m2mkd_ds.distributed.watch.processes import parent_of, seen
+from m2mkd_ds.distributed.watch.processes import number_space, parent_of, seen
 from m2mkd_ds.distributed.watch.records import (
     Failure,
     Heartbeat,
@@ -37,7 +37,7 @@ WAITING = Snapshot((Section("agree on losses", True, True, "", {"step": 12}),), 
 def heartbeat(rank: int, **changed: object) -> Heartbeat:
     """A rank on another host that waits where this one does."""
     base = Heartbeat(
-        launch="L", rank=rank, host="node2", pid=1, pid_started="1", beat=1, time=time.time(), step=12, section="agree on losses",
+        launch="L", rank=rank, host="node2", pid=1, pid_started="1", space="", beat=1, time=time.time(), step=12, section="agree on losses",
         describes=WAITING.describe(), may_wait=True, since_s=3.0,
     )  # fmt: skip
     return replace(base, **changed)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def test_a_process_of_this_host_that_has_gone_is_known_at_once(tmp_path: Path) -
     child = subprocess.Popen(["sleep", "60"])
     alive = seen(child.pid)
     assert alive is not None and alive.is_alive and parent_of(child.pid) == os.getpid()
-    beat = heartbeat(1, host=HERE, pid=child.pid, pid_started=alive.started, describes="`forward` of step 4")
+    beat = heartbeat(1, host=HERE, space=number_space(), pid=child.pid, pid_started=alive.started, describes="`forward` of step 4")
     write_record(heartbeat_file(tmp_path, 1), beat)
     child.kill()  # not yet waited for: a zombie has gone, too
     deadline = time.monotonic() + 10
@@ -114,6 +114,13 @@ def test_a_process_of_this_host_that_has_gone_is_known_at_once(tmp_path: Path) -
         time.sleep(0.05)
     assert f"rank 1 on {HERE} (process {child.pid}) has gone without a word: killed? last seen in `forward` of step 4" == suspect(tmp_path)
     child.wait()
+
+
+def test_a_live_process_of_a_container_with_the_same_host_name_is_not_taken_for_gone(tmp_path: Path) -> None:
+    number = next(pid for pid in range(2**22 - 1, 0, -1) if not Path(f"/proc/{pid}").exists())
+    beat = heartbeat(1, host=HERE, pid=number, pid_started="1", space=number_space())
+    assert beat.is_gone and not replace(beat, space=f"{number_space()}0").is_gone
+    assert not replace(beat, host="node2").is_gone
 
 
 def test_a_silent_rank_is_named_with_its_last_section(tmp_path: Path) -> None:

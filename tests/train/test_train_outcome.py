@@ -37,7 +37,7 @@ def failure(rank: int, kind: str, at: float, code: int = 1, cause: str = "ValueE
 
 def heartbeat(rank: int, at: float) -> Heartbeat:
     return Heartbeat(
-        launch="L", rank=rank, host="node2", pid=1, pid_started="1", beat=1, time=at, step=12, section="forward",
+        launch="L", rank=rank, host="node2", pid=1, pid_started="1", space="", beat=1, time=at, step=12, section="forward",
         describes="`forward` of step 12, pair 0", may_wait=False, since_s=3.0,
     )  # fmt: skip
 
