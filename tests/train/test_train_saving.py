@@ -195,6 +195,21 @@ def test_a_save_that_fails_at_the_very_end_is_an_error_of_the_phase(world: World
         loop.train(job)
 
 
+def test_a_run_is_not_told_to_be_stopped_and_saved_when_its_last_save_has_failed(world: World, tmp_path: Path) -> None:
+    job, engine = make_job(world, tmp_path, CheckpointConfig(asynchronous=True))
+    engine.fails_from = 3
+    step_fn = job.trainees[0].step_fn
+
+    def ask_in_step_3(batch: TeacherBatch, log: bool) -> StepOutput:
+        if engine.steps == 2:
+            job.stop.ask("SIGTERM")
+        return step_fn(batch, log)
+
+    job.trainees[0].step_fn = ask_in_step_3
+    with pytest.raises(StoreError, match="step-00000003: checkpoint not saved .the disk is gone"):
+        loop.train(job)
+
+
 def test_another_error_is_not_hidden_by_the_save_under_way(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job, engine = make_job(world, tmp_path, CheckpointConfig(asynchronous=True))
     engine.fails_from = 5
