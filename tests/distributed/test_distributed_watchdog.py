@@ -208,7 +208,7 @@ def run_hung(folder: Path, *words: str, script: str = HUNG, freeze_s: float = 0.
 @pytest.fixture(scope="module")
 def children(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Child]]:
     """Side by side, because they mostly sleep."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("hung", "frozen", "bereft")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("hung", "frozen", "bereft", "asked")}
     write_record(failure_file(folders["bereft"], 1), failure(1))
     unlimited = HUNG.replace('"step": 2.0', '"step": 0.0').replace("time.sleep(2.5)", "time.sleep(0)")
     with ThreadPoolExecutor() as pool:
@@ -216,6 +216,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
             "hung": pool.submit(run_hung, folders["hung"]),
             "frozen": pool.submit(run_hung, folders["frozen"], freeze_s=4.0),
             "bereft": pool.submit(run_hung, folders["bereft"], "stop", script=unlimited),
+            "asked": pool.submit(run_hung, folders["asked"], "stop", script=unlimited.replace("time.sleep(60)", "time.sleep(7)")),
         }
         return {name: (folders[name], future.result()) for name, future in running.items()}
 
@@ -239,3 +240,8 @@ def test_a_rank_asked_to_stop_leaves_when_another_one_is_dead_and_it_stands_stil
     _, child = children["bereft"]
     assert child.code == 1 and child.idle_s > 4
     assert ": ValueError: no such shard; this rank leaves `forward` of step 2, pair 0" in child.said
+
+
+def test_a_rank_asked_to_stop_may_take_its_time_while_nobody_is_dead(children: dict[str, tuple[Path, Child]]) -> None:
+    _, child = children["asked"]
+    assert child.code == 0 and child.said == ""
