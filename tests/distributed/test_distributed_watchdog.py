@@ -208,14 +208,17 @@ def run_hung(folder: Path, *words: str, script: str = HUNG, freeze_s: float = 0.
 @pytest.fixture(scope="module")
 def children(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Child]]:
     """Side by side, because they mostly sleep."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("hung", "frozen", "bereft", "asked")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("hung", "frozen", "bereft", "asked", "short")}
     write_record(failure_file(folders["bereft"], 1), failure(1))
+    write_record(heartbeat_file(folders["short"], 1), heartbeat(1))
+    short = HUNG.replace("0, 1, limits, 0.2", "0, 2, limits, 1.0").replace('"step": 2.0', '"step": 1.0').replace("range(30)", "range(200)")
     unlimited = HUNG.replace('"step": 2.0', '"step": 0.0').replace("time.sleep(2.5)", "time.sleep(0)")
     with ThreadPoolExecutor() as pool:
         running = {
             "hung": pool.submit(run_hung, folders["hung"]),
             "frozen": pool.submit(run_hung, folders["frozen"], freeze_s=4.0),
             "bereft": pool.submit(run_hung, folders["bereft"], "stop", script=unlimited),
+            "short": pool.submit(run_hung, folders["short"], script=short),
             "asked": pool.submit(run_hung, folders["asked"], "stop", script=unlimited.replace("time.sleep(60)", "time.sleep(7)")),
         }
         return {name: (folders[name], future.result()) for name, future in running.items()}
@@ -245,3 +248,10 @@ def test_a_rank_asked_to_stop_leaves_when_another_one_is_dead_and_it_stands_stil
 def test_a_rank_asked_to_stop_may_take_its_time_while_nobody_is_dead(children: dict[str, tuple[Path, Child]]) -> None:
     _, child = children["asked"]
     assert child.code == 0 and child.said == ""
+
+
+def test_with_a_limit_shorter_than_silence_takes_to_be_known_the_silent_rank_is_named_all_the_same(
+    children: dict[str, tuple[Path, Child]]
+) -> None:
+    _, child = children["short"]
+    assert child.code == HANG_CODE and "hung: rank 1 on node2 has not been heard of for" in child.said

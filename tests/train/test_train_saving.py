@@ -289,9 +289,14 @@ def test_a_record_of_a_result_that_cannot_be_read_is_told_as_such(world: World, 
     loop.train(make_job(world, tmp_path, CheckpointConfig())[0])
     (tmp_path / "done.json").write_text('{"half": ')
     job = make_job(world, tmp_path, CheckpointConfig())[0]
-    told: list[object] = []
+    told: list[Any] = []
+
+    def tell(value: Any) -> Any:
+        told.append(value)
+        return value
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m2mkd_ds.train.resume.broadcast_object", lambda value: told.append(value) or value)
+        patch.setattr("m2mkd_ds.train.resume.broadcast_object", tell)
         with pytest.raises(StoreError, match="done.json: damaged"):
             resume(job.trainees[0], job)
     assert len(told) == 1  # the other ranks wait for it
