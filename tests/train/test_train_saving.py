@@ -29,6 +29,7 @@ from m2mkd_ds.distributed.watch.activity import section, snapshot
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
+from m2mkd_ds.train.ending.stopping import StopRequested
 from m2mkd_ds.train.evaluation.evaluate import Score
 from m2mkd_ds.train.nodes import versions
 from m2mkd_ds.train.optim import build_adamw
@@ -149,6 +150,26 @@ def test_with_keep_best_every_evaluation_is_followed_by_a_checkpoint_and_the_bes
     job, _ = make_job(world, tmp_path, CheckpointConfig(keep_last=1, keep_best=1, keep_every=10))
     loop.train(job)
     assert kept(tmp_path) == {8: 0.6, 10: None, 12: 0.4}
+
+
+def test_the_score_of_an_evaluation_that_a_stop_left_out_counts_as_well(world: World, tmp_path: Path) -> None:
+    config = CheckpointConfig(keep_last=1, keep_best=1)
+    job, engine = make_job(world, tmp_path, config)
+    step_fn = job.trainees[0].step_fn
+
+    def ask_in_step_4(batch: TeacherBatch, log: bool) -> StepOutput:
+        if engine.steps == 3:
+            job.stop.ask("SIGTERM")
+        return step_fn(batch, log)
+
+    job.trainees[0].step_fn = ask_in_step_4
+    with pytest.raises(StopRequested):
+        loop.train(job)
+    assert kept(tmp_path) == {4: None}
+    again, engine = make_job(world, tmp_path, config)
+    rights = iter([0.9, 0.2, 0.4])
+    loop.train(replace(again, evaluate=lambda trainees: {"end_to_end": cast(Any, _Scored(next(rights)))}))
+    assert kept(tmp_path) == {4: 0.9, 12: 0.4} and engine.steps == 12
 
 
 def test_the_record_says_all_that_the_state_does_not(world: World, tmp_path: Path) -> None:
