@@ -31,7 +31,7 @@ class WatchConfig:
     eval_s: float = 1800.0
     """A batch of an evaluation, or the wait at its end for a rank that has more images."""
     save_s: float = 1800.0
-    """Writing a checkpoint or a result, or the wait for the rank that does."""
+    """Writing a checkpoint or a result, reading a checkpoint back at the start, or the wait for the rank that does."""
 
     @property
     def first_step_s(self) -> float:

@@ -59,7 +59,9 @@ def train(job: Job) -> None:
     checkpoint of other data or of another global batch.
     """
     for trainee in job.trainees:
-        resume(trainee, job)
+        # Rank 0 reads every byte of a checkpoint, while the others wait: as long as writing it, and not what a start may take.
+        with section("resume", limit="save", may_wait=True):
+            resume(trainee, job)
     start = min(trainee.step for trainee in job.trainees)
     owed = owed_evaluations(job)
     if start == job.total_steps and not owed:
@@ -70,7 +72,7 @@ def train(job: Job) -> None:
         trainee.trackers = job.open_trackers(trainee)
     try:
         if owed:
-            catch_up(job, owed)
+            _save_scores(job, owed, catch_up(job, owed))
         if start < job.total_steps:
             _run_from(job, start)
     finally:
@@ -79,6 +81,20 @@ def train(job: Job) -> None:
                 trainee.metrics.close()
             if trainee.trackers is not None:
                 trainee.trackers.finish()
+
+
+def _save_scores(job: Job, owed: list[Trainee], top1: dict[str, float]) -> None:
+    """Save the steps that were evaluated late once more, with their scores, where these decide which checkpoints stay. Collective."""
+    if job.checkpoint.keep_best == 0:
+        return
+    saver = Saver(job)
+    try:
+        with section("save", limit="save", may_wait=True):
+            for trainee in owed:
+                saver.save(trainee, score=top1[trainee.name])
+            saver.wait()
+    finally:
+        saver.close()
 
 
 def _run_from(job: Job, start: int) -> None:

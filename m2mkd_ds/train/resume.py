@@ -7,7 +7,7 @@ The number of ranks, micro-batch size, accumulation and ZeRO stage are free; the
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +40,11 @@ def resume(trainee: Trainee, job: Job) -> None:
     if same_node or ("stream" in record and not finished):
         _check_stream(folder, record, job)
     if not same_node:
-        logger.warning("%s: %s was made for another configuration or other inputs; starting from step 0", trainee.name, folder)
-        _set_aside(folder.parent, job.world)
+        aside = _set_aside(folder.parent, job.world)
+        logger.warning(
+            "%s: %s was made for another configuration or other inputs; starting from step 0; its checkpoints are now in %s",
+            trainee.name, folder, aside,
+        )  # fmt: skip
         return
     if record["global_batch_size"] != job.global_batch_size:
         raise ConfigError(_other_batch(folder, record["global_batch_size"], job))
@@ -60,11 +63,11 @@ def _find(folder: Path) -> tuple[tuple[Path, dict[str, Any], bool] | None, str]:
     """
     try:
         found = latest_checkpoint(folder / "checkpoints")
-    except StoreError as err:
+        done = read_done(folder)
+    except (OSError, StoreError) as err:  # told to all ranks: they wait for the answer
         return None, str(err)
     if found is None:
         return None, ""
-    done = read_done(folder)
     return (*found, done is not None and done["fingerprint"] == found[1]["fingerprint"]), ""
 
 
@@ -113,12 +116,16 @@ def _other_batch(folder: Path, batch: int, job: Job) -> str:
     )
 
 
-def _set_aside(checkpoints: Path, world: World) -> None:
-    """Rename outdated checkpoints, so that nothing is lost and none of them is taken for one of this run."""
+def _set_aside(checkpoints: Path, world: World) -> Path:
+    """Rename outdated checkpoints, so that nothing is lost and none of them is taken for one of this run. Returns their new folder.
+
+    What was set aside before stays: whoever corrects a mistaken setting sets those of the mistake aside, and wants the others back.
+    """
     barrier()  # every rank has read the record by now
+    aside = checkpoints
     if world.is_main:
-        aside = checkpoints.with_name("checkpoints.outdated")
-        if aside.exists():
-            shutil.rmtree(aside)
+        name = f"{checkpoints.name}.outdated"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        aside = next(path for path in map(checkpoints.with_name, names) if not path.exists())
         checkpoints.rename(aside)
-    barrier()
+    return Path(broadcast_object(str(aside), what="checkpoints set aside"))

@@ -61,6 +61,15 @@ def test_a_broken_checkpoint_takes_nobodys_place_and_goes_with_its_age(tmp_path:
     assert steps(tmp_path) == [10, 30, 40]  # 10 is the best that can be read
 
 
+def test_a_broken_checkpoint_is_none_of_the_last_ones(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep_last=2)
+    for step in (10, 20):
+        save(tmp_path, step, config)
+    (tmp_path / "step-00000020" / "state").unlink()
+    save(tmp_path, 30, config)
+    assert steps(tmp_path) == [10, 20, 30]  # else 30 would be the only one that can be read
+
+
 def test_a_step_saved_again_counts_once(tmp_path: Path) -> None:
     for step in (10, 20, 20, 20):
         save(tmp_path, step, CheckpointConfig(keep_last=2))

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
 from m2mkd_ds.distributed.expert_parallel import ParallelExperts
+from m2mkd_ds.distributed.flat_state import RankSnapshot
 from m2mkd_ds.distributed.groups import ExpertGroups
 from m2mkd_ds.moe.experts import Experts
 from m2mkd_ds.train.optim import build_adamw
@@ -287,3 +288,13 @@ def test_a_checkpoint_holds_plain_tensors_only(first: dict[str, Any], out: Path)
     with safe_open(out / "zero2_bf16" / "engine_rank_00000.safetensors", framework="pt") as file:
         assert set(file.keys()) >= {"scalar.step", "shared.frozen", "shared.calls"}
         assert float(file.get_tensor("scalar.step")) >= 3.0
+
+
+def test_a_snapshot_that_gave_its_memory_away_is_of_no_use_any_more(tmp_path: Path) -> None:
+    first = RankSnapshot(cast(Any, None), 0, {"a": torch.zeros(3), "b": torch.zeros(2)}, None)
+    room = cast(Any, first)._tensors["a"]
+    second = RankSnapshot(cast(Any, None), 0, {"a": torch.ones(3), "b": torch.ones(4)}, first)
+    assert cast(Any, second)._tensors["a"] is room and room.tolist() == [1, 1, 1]
+    with pytest.raises(RuntimeError, match="given away as `reuse` to a later one"):
+        first.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []

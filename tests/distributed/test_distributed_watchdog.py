@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from m2mkd_ds.distributed.watch.activity import CollectiveError, Section, Snapshot, collective, section, snapshot, where_raised
-from m2mkd_ds.distributed.watch.processes import parent_of, seen
+from m2mkd_ds.distributed.watch.processes import number_space, parent_of, seen
 from m2mkd_ds.distributed.watch.records import (
     Failure,
     Heartbeat,
@@ -37,7 +37,7 @@ WAITING = Snapshot((Section("agree on losses", True, True, "", {"step": 12}),), 
 def heartbeat(rank: int, **changed: object) -> Heartbeat:
     """A rank on another host that waits where this one does."""
     base = Heartbeat(
-        launch="L", rank=rank, host="node2", pid=1, pid_started="1", beat=1, time=time.time(), step=12, section="agree on losses",
+        launch="L", rank=rank, host="node2", pid=1, pid_started="1", space="", beat=1, time=time.time(), step=12, section="agree on losses",
         describes=WAITING.describe(), may_wait=True, since_s=3.0,
     )  # fmt: skip
     return replace(base, **changed)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def test_a_process_of_this_host_that_has_gone_is_known_at_once(tmp_path: Path) -
     child = subprocess.Popen(["sleep", "60"])
     alive = seen(child.pid)
     assert alive is not None and alive.is_alive and parent_of(child.pid) == os.getpid()
-    beat = heartbeat(1, host=HERE, pid=child.pid, pid_started=alive.started, describes="`forward` of step 4")
+    beat = heartbeat(1, host=HERE, space=number_space(), pid=child.pid, pid_started=alive.started, describes="`forward` of step 4")
     write_record(heartbeat_file(tmp_path, 1), beat)
     child.kill()  # not yet waited for: a zombie has gone, too
     deadline = time.monotonic() + 10
@@ -114,6 +114,13 @@ def test_a_process_of_this_host_that_has_gone_is_known_at_once(tmp_path: Path) -
         time.sleep(0.05)
     assert f"rank 1 on {HERE} (process {child.pid}) has gone without a word: killed? last seen in `forward` of step 4" == suspect(tmp_path)
     child.wait()
+
+
+def test_a_live_process_of_a_container_with_the_same_host_name_is_not_taken_for_gone(tmp_path: Path) -> None:
+    number = next(pid for pid in range(2**22 - 1, 0, -1) if not Path(f"/proc/{pid}").exists())
+    beat = heartbeat(1, host=HERE, pid=number, pid_started="1", space=number_space())
+    assert beat.is_gone and not replace(beat, space=f"{number_space()}0").is_gone
+    assert not replace(beat, host="node2").is_gone
 
 
 def test_a_silent_rank_is_named_with_its_last_section(tmp_path: Path) -> None:
@@ -201,14 +208,18 @@ def run_hung(folder: Path, *words: str, script: str = HUNG, freeze_s: float = 0.
 @pytest.fixture(scope="module")
 def children(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Child]]:
     """Side by side, because they mostly sleep."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("hung", "frozen", "bereft")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("hung", "frozen", "bereft", "asked", "short")}
     write_record(failure_file(folders["bereft"], 1), failure(1))
+    write_record(heartbeat_file(folders["short"], 1), heartbeat(1))
+    short = HUNG.replace("0, 1, limits, 0.2", "0, 2, limits, 1.0").replace('"step": 2.0', '"step": 1.0').replace("range(30)", "range(200)")
     unlimited = HUNG.replace('"step": 2.0', '"step": 0.0').replace("time.sleep(2.5)", "time.sleep(0)")
     with ThreadPoolExecutor() as pool:
         running = {
             "hung": pool.submit(run_hung, folders["hung"]),
             "frozen": pool.submit(run_hung, folders["frozen"], freeze_s=4.0),
             "bereft": pool.submit(run_hung, folders["bereft"], "stop", script=unlimited),
+            "short": pool.submit(run_hung, folders["short"], script=short),
+            "asked": pool.submit(run_hung, folders["asked"], "stop", script=unlimited.replace("time.sleep(60)", "time.sleep(7)")),
         }
         return {name: (folders[name], future.result()) for name, future in running.items()}
 
@@ -232,3 +243,15 @@ def test_a_rank_asked_to_stop_leaves_when_another_one_is_dead_and_it_stands_stil
     _, child = children["bereft"]
     assert child.code == 1 and child.idle_s > 4
     assert ": ValueError: no such shard; this rank leaves `forward` of step 2, pair 0" in child.said
+
+
+def test_a_rank_asked_to_stop_may_take_its_time_while_nobody_is_dead(children: dict[str, tuple[Path, Child]]) -> None:
+    _, child = children["asked"]
+    assert child.code == 0 and child.said == ""
+
+
+def test_with_a_limit_shorter_than_silence_takes_to_be_known_the_silent_rank_is_named_all_the_same(
+    children: dict[str, tuple[Path, Child]]
+) -> None:
+    _, child = children["short"]
+    assert child.code == HANG_CODE and "hung: rank 1 on node2 has not been heard of for" in child.said

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from m2mkd_ds.config import LaunchConfig
+from m2mkd_ds.config import LaunchConfig, WatchConfig
 from m2mkd_ds.distributed.watch.processes import Process, seen
 from m2mkd_ds.distributed.watch.records import Failure, Heartbeat, failure_file, heartbeat_file, read_failures, write_record
+from m2mkd_ds.distributed.world import World
 from m2mkd_ds.train.ending.closed_output import outliving_readers
-from m2mkd_ds.train.ending.guard import exit_code
+from m2mkd_ds.train.ending.guard import _Guard, exit_code, guarded
 from m2mkd_ds.train.ending.outcome import FILE_NAME, JobRecords, Outcome, read_outcome, write_outcome
 from m2mkd_ds.train.ending.stopping import SAME_REQUEST_S, StopFlag, StopRequested, _Listener, launcher_chain, listening
 from m2mkd_ds.train.loop import NonFiniteLossError
@@ -37,7 +40,7 @@ def failure(rank: int, kind: str, at: float, code: int = 1, cause: str = "ValueE
 
 def heartbeat(rank: int, at: float) -> Heartbeat:
     return Heartbeat(
-        launch="L", rank=rank, host="node2", pid=1, pid_started="1", beat=1, time=at, step=12, section="forward",
+        launch="L", rank=rank, host="node2", pid=1, pid_started="1", space="", beat=1, time=at, step=12, section="forward",
         describes="`forward` of step 12, pair 0", may_wait=False, since_s=3.0,
     )  # fmt: skip
 
@@ -80,6 +83,36 @@ def test_the_first_phase_that_is_not_done_tells_the_ending_of_a_launch(tmp_path:
     ending = records(tmp_path, "m2mkd", "end_to_end", "baseline").ending()
     assert (ending.state, ending.phase, ending.step, ending.text) == ("stopped", "end_to_end", 7, "SIGTERM")
     assert records(tmp_path, "m2mkd", "baseline").ending().text.startswith("baseline left no record: it ended before its first step")
+
+
+def test_the_last_word_of_a_rank_of_an_earlier_launch_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "end_to_end"
+    write_outcome(folder, Outcome(state="done", phase="end_to_end", launch="L", step=9))
+    late = replace(failure(1, "hang", 3.0), launch="earlier")
+    write_record(failure_file(folder, 1), late)
+    assert records(tmp_path).ending().state == "done"
+    earlier = _Guard("end_to_end", folder, "earlier", World(0, 2, 0, 2, torch.device("cpu")), 0.2)
+    earlier.record(late)
+    assert read_outcome(folder) is not None and records(tmp_path).ending().state == "done"
+    replace(earlier, launch="L").record(failure(0, "own", 4.0))
+    assert records(tmp_path).ending().state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "beats"),
+    [(None, "done", False), (StopRequested("end_to_end", 7, "SIGTERM"), "stopped", False), (KeyError("x"), "failed", True)],
+)
+def test_only_a_rank_that_did_not_end_well_leaves_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, state: str, beats: bool
+) -> None:
+    monkeypatch.setattr("m2mkd_ds.train.ending.guard.broadcast_object", lambda value, what: value)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    with suppress(StopRequested, KeyError), guarded(WatchConfig(), world, "end_to_end", tmp_path, StopFlag()):
+        assert heartbeat_file(tmp_path, 0).exists()
+        if error is not None:
+            raise error
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None and outcome.state == state and heartbeat_file(tmp_path, 0).exists() == beats
 
 
 def test_records_of_an_earlier_launch_are_cleared(tmp_path: Path) -> None:

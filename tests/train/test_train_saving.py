@@ -25,9 +25,11 @@ from m2mkd_ds.data.plan import StreamState
 from m2mkd_ds.distributed import world as jobs
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
+from m2mkd_ds.distributed.watch.activity import section, snapshot
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
+from m2mkd_ds.train.ending.stopping import StopRequested
 from m2mkd_ds.train.evaluation.evaluate import Score
 from m2mkd_ds.train.nodes import versions
 from m2mkd_ds.train.optim import build_adamw
@@ -150,6 +152,26 @@ def test_with_keep_best_every_evaluation_is_followed_by_a_checkpoint_and_the_bes
     assert kept(tmp_path) == {8: 0.6, 10: None, 12: 0.4}
 
 
+def test_the_score_of_an_evaluation_that_a_stop_left_out_counts_as_well(world: World, tmp_path: Path) -> None:
+    config = CheckpointConfig(keep_last=1, keep_best=1)
+    job, engine = make_job(world, tmp_path, config)
+    step_fn = job.trainees[0].step_fn
+
+    def ask_in_step_4(batch: TeacherBatch, log: bool) -> StepOutput:
+        if engine.steps == 3:
+            job.stop.ask("SIGTERM")
+        return step_fn(batch, log)
+
+    job.trainees[0].step_fn = ask_in_step_4
+    with pytest.raises(StopRequested):
+        loop.train(job)
+    assert kept(tmp_path) == {4: None}
+    again, engine = make_job(world, tmp_path, config)
+    rights = iter([0.9, 0.2, 0.4])
+    loop.train(replace(again, evaluate=lambda trainees: {"end_to_end": cast(Any, _Scored(next(rights)))}))
+    assert kept(tmp_path) == {4: 0.9, 12: 0.4} and engine.steps == 12
+
+
 def test_the_record_says_all_that_the_state_does_not(world: World, tmp_path: Path) -> None:
     job, _ = make_job(world, tmp_path, CheckpointConfig())
     loop.train(job)
@@ -191,6 +213,21 @@ def test_a_save_that_fails_at_the_very_end_is_an_error_of_the_phase(world: World
     job, engine = make_job(world, tmp_path, CheckpointConfig(asynchronous=True))
     engine.fails_from = 12
     with pytest.raises(StoreError, match="step-00000012: checkpoint not saved"):
+        loop.train(job)
+
+
+def test_a_run_is_not_told_to_be_stopped_and_saved_when_its_last_save_has_failed(world: World, tmp_path: Path) -> None:
+    job, engine = make_job(world, tmp_path, CheckpointConfig(asynchronous=True))
+    engine.fails_from = 3
+    step_fn = job.trainees[0].step_fn
+
+    def ask_in_step_3(batch: TeacherBatch, log: bool) -> StepOutput:
+        if engine.steps == 2:
+            job.stop.ask("SIGTERM")
+        return step_fn(batch, log)
+
+    job.trainees[0].step_fn = ask_in_step_3
+    with pytest.raises(StoreError, match="step-00000003: checkpoint not saved .the disk is gone"):
         loop.train(job)
 
 
@@ -244,6 +281,46 @@ def test_other_versions_go_on_and_are_told(world: World, tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, "m2mkd_ds"):
         resume(again.trainees[0], again)
     assert again.trainees[0].step == 12 and f"made with other versions (torch 1.0 -> {versions()['torch']})" in caplog.text
+
+
+def test_checkpoints_of_one_setting_outlive_a_start_with_a_mistaken_one_and_its_correction(world: World, tmp_path: Path) -> None:
+    for fingerprint in ("right", "mistaken", "right", "mistaken"):
+        job, _ = make_job(world, tmp_path, CheckpointConfig(), steps=5)
+        job.trainees[0].fingerprint = fingerprint
+        loop.train(job)
+    owners = {
+        folder.name: {read_manifest(path)["record"]["fingerprint"] for _, path in committed(folder)}
+        for folder in tmp_path.glob("checkpoints*")
+    }
+    assert owners == {
+        "checkpoints": {"mistaken"}, "checkpoints.outdated": {"right"}, "checkpoints.outdated-2": {"mistaken"},
+        "checkpoints.outdated-3": {"right"},
+    }  # fmt: skip
+
+
+def test_a_checkpoint_is_read_back_under_the_limit_of_a_save(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    monkeypatch.setattr(loop, "resume", lambda trainee, job: limits.append(snapshot().limit))
+    with section("start", limit="start"):
+        loop.train(make_job(world, tmp_path, CheckpointConfig())[0])
+    assert limits == ["save"]
+
+
+def test_a_record_of_a_result_that_cannot_be_read_is_told_as_such(world: World, tmp_path: Path) -> None:
+    loop.train(make_job(world, tmp_path, CheckpointConfig())[0])
+    (tmp_path / "done.json").write_text('{"half": ')
+    job = make_job(world, tmp_path, CheckpointConfig())[0]
+    told: list[Any] = []
+
+    def tell(value: Any) -> Any:
+        told.append(value)
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2mkd_ds.train.resume.broadcast_object", tell)
+        with pytest.raises(StoreError, match="done.json: damaged"):
+            resume(job.trainees[0], job)
+    assert len(told) == 1  # the other ranks wait for it
 
 
 def test_when_all_checkpoints_are_broken_the_run_does_not_begin_again(world: World, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def start_time(pid: int) -> str:
     return found[2] if found is not None else ""
 
 
+def number_space() -> str:
+    """Where process numbers of this process mean what they mean to it: this start of the machine and this PID namespace. Containers may
+    share a host name and nothing else. Empty when it is not known."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _stat(pid: int) -> tuple[str, str, str] | None:
     """(state, parent, start time)."""
     try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from m2mkd_ds.distributed.watch.activity import Snapshot
-from m2mkd_ds.distributed.watch.processes import is_gone, start_time
+from m2mkd_ds.distributed.watch.processes import is_gone, number_space, start_time
 
 T = TypeVar("T")
 
@@ -33,6 +33,8 @@ class Heartbeat:
     host: str
     pid: int
     pid_started: str
+    space: str
+    """In which `pid` is its number (`processes.number_space`)."""
     beat: int
     """Grows with every heartbeat."""
     time: float
@@ -54,8 +56,8 @@ class Heartbeat:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it is known, on this very host, that its process has ended."""
-        return self.host == socket.gethostname() and is_gone(self.pid, self.pid_started)
+        """Whether it is known, where its process would be seen, that it has ended."""
+        return self.host == socket.gethostname() and self.space == number_space() and is_gone(self.pid, self.pid_started)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ class Failure:
 def beat_of(launch: str, rank: int, beat: int, now: Snapshot) -> Heartbeat:
     """This process's heartbeat."""
     return Heartbeat(
-        launch=launch, rank=rank, host=socket.gethostname(), pid=os.getpid(), pid_started=start_time(os.getpid()), beat=beat,
-        time=time.time(), step=now.step, section=now.name, describes=now.describe(),
+        launch=launch, rank=rank, host=socket.gethostname(), pid=os.getpid(), pid_started=start_time(os.getpid()),
+        space=number_space(), beat=beat, time=time.time(), step=now.step, section=now.name, describes=now.describe(),
         may_wait=now.may_wait, since_s=round(time.monotonic() - now.changed, 3),
     )  # fmt: skip
 

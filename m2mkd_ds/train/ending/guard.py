@@ -25,7 +25,7 @@ from m2mkd_ds.distributed.watch.suspects import Observer
 from m2mkd_ds.distributed.watch.watchdog import HANG_CODE, Watchdog, Watched
 from m2mkd_ds.distributed.world import World, broadcast_object
 from m2mkd_ds.logs import logger
-from m2mkd_ds.train.ending.outcome import Outcome, write_outcome
+from m2mkd_ds.train.ending.outcome import Outcome, read_outcome, write_outcome
 from m2mkd_ds.train.ending.stopping import STOP_CODE, StopFlag, StopRequested
 
 _LOST_PEER = re.compile(
@@ -68,8 +68,11 @@ class _Guard:
             logger.warning("the failure of rank %d could not be recorded in %s: %s", self.world.rank, self.folder, err)
 
     def outcome(self, outcome: Outcome) -> None:
-        """outcome.json, which rank 0 writes."""
-        if self.world.is_main:
+        """outcome.json, which rank 0 writes; not over that of a launch which has begun since, in the same folder."""
+        if not self.world.is_main:
+            return
+        there = read_outcome(self.folder)
+        if there is None or there.launch == self.launch:
             write_outcome(self.folder, outcome)
 
     def ended_by_watchdog(self, text: str, where: Snapshot, code: int) -> None:

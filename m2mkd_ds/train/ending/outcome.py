@@ -114,14 +114,17 @@ class JobRecords:
         """Of the first phase that is not done."""
         name = self._unfinished()
         folder = self._root / name
-        outcome, failures = read_outcome(folder), read_failures(folder)
+        outcome = read_outcome(folder)
+        # A rank of an earlier launch may write its last word when that launch is long forgotten.
+        launch = outcome.launch if outcome is not None else ""
+        failures = read_failures(folder, launch)
         if failures:
             first = root_cause(list(failures.values()))
             return Ending("failed", name, first.step, f"{_failed(name, first)}", first.exit_code or 1)
         if outcome is None:
             return Ending("running", name, 0, f"{name} left no record: it ended before its first step; its log is above", 1)
         if outcome.state == "running":
-            return Ending("running", name, outcome.step, _without_a_word(name, list(read_heartbeats(folder).values())), 1)
+            return Ending("running", name, outcome.step, _without_a_word(name, list(read_heartbeats(folder, launch).values())), 1)
         return Ending(outcome.state, name, outcome.step, outcome.cause, outcome.exit_code)
 
     def _unfinished(self) -> str:

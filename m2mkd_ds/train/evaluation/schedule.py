@@ -47,13 +47,19 @@ def _is_evaluated(trainee: Trainee) -> bool:
     return any(line["step"] == trainee.step and "eval/top1" in line for line in lines)
 
 
-def catch_up(job: Job, owed: list[Trainee]) -> None:
-    """Evaluate these; their lines in the metrics hold nothing else. Raises StopRequested when the run is stopped again. Collective."""
+def catch_up(job: Job, owed: list[Trainee]) -> dict[str, float]:
+    """Evaluate these -> top-1 by name; their lines in the metrics hold nothing else. Collective.
+
+    Raises StopRequested when the run is stopped again.
+    """
     if not evaluate_at_step(job, owed):
         raise StopRequested(job.phase_name, min(t.step for t in job.trainees), job.stop.why or "asked of another rank")
+    top1 = {}
     for trainee in owed:
         write_metrics(job, trainee, trainee.step)
+        top1[trainee.name] = trainee.pending["eval/top1"]
         trainee.pending = {}
+    return top1
 
 
 def write_metrics(job: Job, trainee: Trainee, done: int) -> None:
