@@ -20,8 +20,10 @@ import torch
 from m2mkd_ds.checkpoint.saves.commit import commit_checkpoint
 from m2mkd_ds.checkpoint.saves.manifest import FileRecord
 from m2mkd_ds.config import RunConfig
+from m2mkd_ds.data.atomic import only_writer
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.train.context import open_run
+from m2mkd_ds.train.ending import guard
 from m2mkd_ds.train.nodes import find_node, fingerprint
 from m2mkd_ds.train.run_phase import run_phases
 from tests.train.finished_run import tiny_config
@@ -120,6 +122,10 @@ def main() -> None:
     results["new"] = files(out / "new") if (out / "new").exists() else {}
     results["foreign"] = foreign_checkpoints(out, shards)
     results["aside"] = {name: files(out / f"foreign_{name}" / PHASE) for name in ("settings", "finished")}
+    guard.LOCK_WAIT_S = 0.5
+    with only_writer(out / "good" / PHASE, RuntimeError("taken already")):
+        results["taken"] = attempt(config_for(out / "good", shards), PHASE)
+    results["free"] = attempt(config_for(out / "good", shards), PHASE)
     results["full"] = full_disk(out, shards, results["files"])
     results["done"] = json.loads((out / "good" / PHASE / "done.json").read_text())
     (out / "results.json").write_text(json.dumps(results))

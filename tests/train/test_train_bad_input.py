@@ -200,6 +200,12 @@ def test_a_full_disk_at_the_end_of_a_phase_leaves_no_result(results: dict[str, A
         assert "checkpoints/step-00000002/manifest.json" in full["left"]
 
 
+def test_a_second_launch_into_a_phase_at_work_is_refused(results: dict[str, Any]) -> None:
+    assert "another launch is at work here (process" in results["taken"]
+    assert "give this run another --run-dir" in results["taken"]
+    assert results["free"] == ""
+
+
 def test_after_a_full_disk_the_same_command_ends_with_the_same_files(results: dict[str, Any]) -> None:
     full = results["full"]
     assert full["again"] == ""

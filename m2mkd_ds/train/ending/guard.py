@@ -11,14 +11,15 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed
 
 from m2mkd_ds.checkpoint.atomic import StoreError
-from m2mkd_ds.config import WatchConfig
+from m2mkd_ds.config import ConfigError, WatchConfig
+from m2mkd_ds.data.atomic import only_writer
 from m2mkd_ds.distributed.watch.activity import CollectiveError, Snapshot, first_line, section, snapshot, where_raised
 from m2mkd_ds.distributed.watch.records import Failure, failure_file, heartbeat_file, remove_records, write_record
 from m2mkd_ds.distributed.watch.suspects import Observer
@@ -34,6 +35,10 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 """What backends say inside DeepSpeed's own collectives, which raise a plain RuntimeError, when another rank has gone."""
+
+
+LOCK_WAIT_S = 30.0
+"""How long a launch waits for the one before it in the same folder, whose ranks may be leaving still."""
 
 
 class PeerLostError(RuntimeError):
@@ -90,12 +95,20 @@ class _Guard:
 
 @contextmanager
 def guarded(watch: WatchConfig, world: World, phase: str, folder: Path, stop: StopFlag) -> Iterator[None]:
-    """Watch and record what happens in the block. Collective at its start.
+    """Watch and record what happens in the block. Collective at its start. Rank 0 holds the folder's lock until the end of the block.
 
-    Errors pass through, after the record of this rank is written; one that means the loss of another rank becomes a PeerLostError that
+    Raises ConfigError on every rank while another launch holds it. Errors pass through, after the record of this rank is written; one that means the loss of another rank becomes a PeerLostError that
     names it.
     """
-    guard = _open(watch, world, phase, folder)
+    with ExitStack() as held:
+        guard = _open(watch, world, phase, folder, held)
+        with _watched(guard, watch, stop):
+            yield
+
+
+@contextmanager
+def _watched(guard: _Guard, watch: WatchConfig, stop: StopFlag) -> Iterator[None]:
+    world, phase, folder = guard.world, guard.phase, guard.folder
     limits_s = {
         "start": watch.start_s, "first": watch.first_step_s, "step": watch.step_s, "eval": watch.eval_s, "save": watch.save_s
     }  # fmt: skip
@@ -131,14 +144,37 @@ def guarded(watch: WatchConfig, world: World, phase: str, folder: Path, stop: St
             heartbeat_file(folder, world.rank).unlink(missing_ok=True)
 
 
-def _open(watch: WatchConfig, world: World, phase: str, folder: Path) -> _Guard:
-    """Rank 0 clears what earlier starts have left before any rank writes something new."""
-    launch = secrets.token_hex(8)
+def _open(watch: WatchConfig, world: World, phase: str, folder: Path, held: ExitStack) -> _Guard:
+    """Rank 0 takes the folder, and clears what earlier starts have left before any rank writes something new."""
+    launch, problem = secrets.token_hex(8), ""
     if world.is_main:
-        remove_records(folder)
-        write_outcome(folder, Outcome(state="running", phase=phase, launch=launch))
-    launch = broadcast_object(launch, what=f"start of {phase}")
+        problem = _take(folder, held)
+        if not problem:
+            remove_records(folder)
+            write_outcome(folder, Outcome(state="running", phase=phase, launch=launch))
+    launch, problem = broadcast_object((launch, problem), what=f"start of {phase}")
+    if problem:
+        raise ConfigError(problem)
     return _Guard(phase, folder, launch, world, watch.heartbeat_s)
+
+
+def _take(folder: Path, held: ExitStack) -> str:
+    """Take the folder's lock until `held` is closed. Returns why not, when another launch keeps it: two of them would delete each other's
+    unfinished checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = read_outcome(folder)
+    who = f"process {there.pid} on {there.host}" if there else "another process"
+    busy = ConfigError(f"{folder}: another launch is at work here ({who}); wait for its end, stop it, or give this run another --run-dir")
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            held.enter_context(only_writer(folder, busy))
+        except ConfigError:
+            if time.monotonic() > deadline:
+                return str(busy)
+            time.sleep(0.5)
+        else:
+            return ""
 
 
 def _means_lost_peer(error: BaseException) -> bool:
