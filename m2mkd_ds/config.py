@@ -226,7 +226,8 @@ def _check(config: RunConfig) -> None:
     try:
         check_data_config(config.data)
         check_teacher_config(config.teacher)
-        check_watch_config(config.watch, config.teacher.patience_s if config.teacher.is_remote else 0.0)
+        patience_s = config.teacher.patience_s if config.teacher.is_remote else 0.0
+        check_watch_config(config.watch, patience_s=patience_s, deadline_s=config.checkpoint.deadline_s)
         check_router(config.student.moe.router, config.student.moe.num_experts, at="student.moe.")
     except ValueError as err:
         raise ConfigError(str(err)) from None

@@ -39,13 +39,24 @@ class WatchConfig:
         return max(self.start_s, self.step_s) if self.start_s and self.step_s else 0.0
 
     @property
+    def stop_s(self) -> float:
+        """What a job that was asked to stop may take: the step or the evaluation that it is in, and the save; 0 for no limit."""
+        return max(self.step_s, self.eval_s) + self.save_s if self.step_s and self.eval_s and self.save_s else 0.0
+
+    @property
     def collective_timeout_s(self) -> float:
         """Of the process group: a minute above the longest limit, so that the watchdog, which knows who is missing, speaks first."""
         return max(SHORTEST_COLLECTIVE_TIMEOUT_S, self.start_s, self.step_s, self.eval_s, self.save_s) + 60.0
 
 
-def check_watch_config(watch: WatchConfig, patience_s: float) -> None:
-    """Raises ValueError where a rank that waits for its teacher, for at most `patience_s`, would be taken for a hung one."""
+def check_watch_config(watch: WatchConfig, *, patience_s: float, deadline_s: float) -> None:
+    """Raises ValueError where a rank that waits for its teacher (`patience_s`), or for the parts of a checkpoint (twice `deadline_s`),
+    would be taken for a hung one."""
+    if 0 < watch.save_s <= 2 * deadline_s:
+        raise ValueError(
+            f"watch.save_s is {watch.save_s:g} and checkpoint.deadline_s is {deadline_s:g}: a rank may wait twice the second for a "
+            "checkpoint and would be ended before it can say so; raise the first or lower the second"
+        )
     if 0 < watch.step_s <= patience_s:
         raise ValueError(
             f"watch.step_s is {watch.step_s:g} and teacher.patience_s is {patience_s:g}: a rank that waits for its teacher would be "

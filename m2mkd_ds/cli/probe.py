@@ -49,4 +49,7 @@ def probe_batch(
         raise ConfigError(f"--memory-gb is {memory_gb:g}; give a number of 10^9 bytes above 0, or 0 for what is free now")
     resolved = resolve(config, recipe, run_dir, set)
     limit = int(memory_gb * 1e9) if memory_gb else None
-    out(describe(probe(resolved, phase, memory_bytes=limit, headroom=headroom, most=most, pairs=pair), resolved, phase))
+    found = probe(resolved, phase, memory_bytes=limit, headroom=headroom, most=most, pairs=pair)
+    out(describe(found, resolved, phase))
+    if not found.micro_batch_size:
+        raise SystemExit(1)

@@ -246,7 +246,8 @@ def _agree(
     counts = torch.stack([bad_losses.sum(), *told]).to(world.device)
     not_finite, damaged, unsaved, stopping = all_reduce_sum(counts, "agree on losses").tolist()  # the step's one host sync
     if unsaved:
-        saver.raise_failure()
+        with section("save", limit="save"):  # it may wait for what is left of the save
+            saver.raise_failure()
     if damaged:
         bad.add(step + 1, found, lost)
     if not_finite:

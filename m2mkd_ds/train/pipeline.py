@@ -22,7 +22,7 @@ from m2mkd_ds.train.preflight import as_launched, check_settings
 from m2mkd_ds.train.run_phase import RUNNABLE
 
 PATIENCE_S = 1800.0
-"""With watch.save_s=0: how long a job may save that was asked to stop."""
+"""Where a limit of the watch is off: how long a job may take to save that was asked to stop."""
 
 LocalRunner = Callable[[RunContext], None]
 
@@ -150,7 +150,7 @@ def run_pipeline(config: RunConfig, runners: Mapping[str, LocalRunner], *, until
         logger.info("== %s ==", ", ".join(names))
         if any(node.launched for node in nodes):
             records = JobRecords(ctx.root, names, config.watch.heartbeat_s)
-            patience_s = config.watch.save_s or PATIENCE_S
+            patience_s = config.watch.stop_s or PATIENCE_S
             run_launched(config.launch, train_verb(names, config_file), records, config_file.parent, patience_s=patience_s)
         else:
             local[names[0]](ctx)

@@ -53,6 +53,14 @@ def test_the_card_says_only_what_is_known(tmp_path: Path) -> None:
     assert "model-index" not in text and "# out\n" in text
 
 
+def test_the_card_says_what_the_weights_are_stored_in(tmp_path: Path) -> None:
+    def text(dtype: str) -> str:
+        return (export(make_model(), tmp_path / dtype, card=CARD, dtype=dtype) / "README.md").read_text()
+
+    assert "Weights are stored in float32." in text("fp32")
+    assert "Weights are stored in bfloat16, those of the routers in float32; the accuracies below were measured before" in text("bf16")
+
+
 def test_limits_follow_the_router(tmp_path: Path) -> None:
     def limits(router: RouterConfig, place: str) -> str:
         model = make_model(dataclasses.replace(ARCH, router=router))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from m2mkd_ds.config import LaunchConfig, PhaseConfig, RunConfig, WatchConfig, apply_overrides
+from m2mkd_ds.config import CheckpointConfig, LaunchConfig, PhaseConfig, RunConfig, WatchConfig, apply_overrides
 from m2mkd_ds.data.shards.write import write_shards
 from m2mkd_ds.data.sources.registry import encode_png
 from m2mkd_ds.logs import read_metrics
@@ -54,6 +54,7 @@ def write_run(out: Path, name: str, words: Sequence[str] = (), *, ranks: int = 2
     config: RunConfig = replace(
         base, run_dir=str(out / name), data=data, pretrain_meta=phase, m2mkd=phase, end_to_end=phase,
         launch=LaunchConfig(num_gpus=0 if hostfile else ranks, hostfile=hostfile),
+        checkpoint=CheckpointConfig(deadline_s=10.0),
         watch=WatchConfig(start_s=90.0, step_s=30.0, eval_s=30.0, save_s=30.0, heartbeat_s=1.0),
     )  # fmt: skip
     return write_config(apply_overrides(config, list(words))).parent

@@ -272,6 +272,12 @@ def test_every_field_says_what_it_means() -> None:
     assert silent == []
 
 
+def test_limits_of_the_watchdog_are_checked_against_the_wait_for_a_checkpoint() -> None:
+    with pytest.raises(ConfigError, match=r"watch\.save_s is 100 and checkpoint\.deadline_s is 50: a rank may wait twice the second"):
+        from_dict({"name": "x", "checkpoint": {"deadline_s": 50.0}, "watch": {"save_s": 100.0}})
+    from_dict({"name": "x", "checkpoint": {"deadline_s": 50.0}, "watch": {"save_s": 101.0}})
+
+
 def test_limits_of_the_watchdog_are_checked_against_the_teacher_s_patience() -> None:
     feed = {"feed": "remote", "endpoints": ["10.0.0.7:8815"], "patience_s": 300.0}
     with pytest.raises(ConfigError, match=r"watch\.step_s is 200 and teacher\.patience_s is 300: a rank that waits for its teacher"):
@@ -279,5 +285,7 @@ def test_limits_of_the_watchdog_are_checked_against_the_teacher_s_patience() -> 
     watch = from_dict({"name": "x", "teacher": feed, "watch": {"step_s": 0, "save_s": 4000}}).watch  # 0: no limit at all
     assert (watch.first_step_s, watch.collective_timeout_s) == (0, 4060)
     assert WatchConfig(start_s=900).first_step_s == 900 and WatchConfig().first_step_s == 600
+    # A step or an evaluation, whichever may be longer, and the save: 1800 + 1800.
+    assert WatchConfig().stop_s == 3600 and WatchConfig(eval_s=0).stop_s == 0
     with pytest.raises(ConfigError, match=r"watch\.heartbeat_s is 0\.0"):
         from_dict({"name": "x", "watch": {"heartbeat_s": 0}})

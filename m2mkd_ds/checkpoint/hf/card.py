@@ -48,8 +48,8 @@ The folder carries its own model code (torch and transformers only), therefore `
 (`auto`, `grouped`, `loop`, `dense`), `attn_implementation="eager"` shows attention weights. Routers compute in float32 in every dtype."""
 
 
-def write_card(path: Path, arch: VMoEArch, *, license: str, card: Mapping[str, Any]) -> None:
-    """Write README.md.
+def write_card(path: Path, arch: VMoEArch, *, dtype: str, license: str, card: Mapping[str, Any]) -> None:
+    """Write README.md. `dtype`: what the weights are stored in, as torch calls it.
 
     `card` keys with a meaning: `name` (title; required), `origin` (how it was trained, where that is not m2mKD to the end), `dataset`
     (name of the training and evaluation data), `metrics` (name -> number, NAME_ci -> [low, high]; `top1` and `top5` are shares of 1),
@@ -60,7 +60,7 @@ def write_card(path: Path, arch: VMoEArch, *, license: str, card: Mapping[str, A
     free = [(key.replace("_", " ").capitalize(), value) for key, value in card.items() if key not in _KNOWN_KEYS]
     terms = [f"Weights: `{license}`.", f"Training images: {card['data_licence']}." if card.get("data_licence") else ""]
     sections = [
-        ("", _summary(arch, card)),
+        ("", f"{_summary(arch, card)} {_stored(dtype)}"),
         ("Usage", _USAGE),
         ("Results", _results(card)),
         ("Expert load", _expert_load(card.get("experts") or ())),
@@ -110,6 +110,12 @@ def _summary(arch: VMoEArch, card: Mapping[str, Any]) -> str:
         f"{arch.image_size} x {arch.image_size} pixels, patches of "
         f"{arch.patch_size}."
     )
+
+
+def _stored(dtype: str) -> str:
+    if dtype == "float32":
+        return "Weights are stored in float32."
+    return f"Weights are stored in {dtype}, those of the routers in float32; the accuracies below were measured before that rounding."
 
 
 def _experts_a_token(arch: VMoEArch) -> str:

@@ -61,7 +61,8 @@ def export_hf(
         template = resources.files("m2mkd_ds.checkpoint") / "hf_template"
         for name in CODE_FILES:
             (folder / name).write_bytes((template / name).read_bytes())
-        write_card(folder / "README.md", arch, license=license, card={"name": Path(out).name, **(card or {})})
+        facts = {"name": Path(out).name, **(card or {})}
+        write_card(folder / "README.md", arch, dtype=DTYPES[dtype][0], license=license, card=facts)
         write_manifest(folder)
     return Path(out)
 

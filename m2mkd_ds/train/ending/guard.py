@@ -97,8 +97,8 @@ class _Guard:
 def guarded(watch: WatchConfig, world: World, phase: str, folder: Path, stop: StopFlag) -> Iterator[None]:
     """Watch and record what happens in the block. Collective at its start. Rank 0 holds the folder's lock until the end of the block.
 
-    Raises ConfigError on every rank while another launch holds it. Errors pass through, after the record of this rank is written; one that means the loss of another rank becomes a PeerLostError that
-    names it.
+    Raises ConfigError on every rank while another launch holds it. Errors pass through, after the record of this rank is written; one
+    that means the loss of another rank becomes a PeerLostError that names it.
     """
     with ExitStack() as held:
         guard = _open(watch, world, phase, folder, held)
