@@ -81,7 +81,7 @@ def from_windows(windows: Sequence[Sequence[Any]], resident_peak: int | None, re
     # with; the higher of its two ends is what its peak stands on, and the lowest of all ends is the true one.
     above = max(peaks["step 1"][1] - max(at[:2]), peaks["step 2"][1] - max(at[1:]))
     return Measured(
-        steps_peak=min(at) + above, between_steps=peaks["step 2"][0], start_peak=peaks["start"][1], end_peak=peaks["evaluate"][1],
+        steps_peak=min(at) + above, between_steps=min(at), start_peak=peaks["start"][1], end_peak=peaks["evaluate"][1],
         resident_peak=resident_peak, resident_before=resident_before,
     )  # fmt: skip
 

@@ -282,6 +282,9 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
         self._processes: list[Any] = list(getattr(items, "_workers", ()))
         """Of a DataLoader with workers."""
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Drop the DataLoader's iterator, whose workers end with its last reference, and kill those that do not."""
         self._items = None
@@ -308,5 +311,8 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
                 "ran out of memory (dmesg says so): set data.num_workers lower, or give the job more memory and /dev/shm"
             ) from err
         if isinstance(item, SampleError):
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # else the error holds this frame, and the frame the error: the workers would stay until a garbage collection
         return item, time.monotonic() - began

@@ -145,6 +145,9 @@ def shutdown() -> None:
         import deepspeed
 
         barrier("leave the job")
+        if "RANK" not in os.environ:
+            # Set by `init_world` for DeepSpeed. Left behind, it would tell accelerate that this process is one of several.
+            os.environ.pop("LOCAL_RANK", None)
         deepspeed.comm.destroy_process_group()  # also forgets the groups that DeepSpeed keeps, so that a job can be joined again
         _free_cycles()
 

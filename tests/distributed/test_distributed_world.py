@@ -54,7 +54,7 @@ def test_one_rank_job_without_a_launcher() -> None:
     jobs.barrier()
     jobs.shutdown()
     assert not torch.distributed.is_initialized()
-    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & set(os.environ)
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & set(os.environ)
 
 
 def test_a_job_can_be_joined_again() -> None:
