@@ -282,9 +282,6 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
         self._processes: list[Any] = list(getattr(items, "_workers", ()))
         """Of a DataLoader with workers."""
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
         """Drop the DataLoader's iterator, whose workers end with its last reference, and kill those that do not."""
         self._items = None
