@@ -308,8 +308,7 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
                 "ran out of memory (dmesg says so): set data.num_workers lower, or give the job more memory and /dev/shm"
             ) from err
         if isinstance(item, SampleError):
-            try:
-                raise item
-            finally:
-                del item  # else the error holds this frame, and the frame the error: the workers would stay until a garbage collection
+            # The error's frames may live long; the DataLoader's iterator, and its workers with it, should not.
+            self._items = iter(())
+            raise item
         return item, time.monotonic() - began
