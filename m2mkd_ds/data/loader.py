@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -257,11 +257,16 @@ class _Workers:
         self._make_loader = make_loader
         self._loader = make_loader()
         self._received: weakref.WeakSet[_Received] = weakref.WeakSet()
+        self._processes: list[Any] = []
+        # A loader that nobody closed, at the latest when the interpreter ends: multiprocessing would send SIGTERM, which workers ignore,
+        # and wait for ever.
+        weakref.finalize(self, _kill, self._processes)
 
     def start(self) -> _Received:
         """Start the processes; what they make, in order."""
         received = _Received(iter(self._loader))
         self._received.add(received)
+        self._processes[:] = received.processes
         return received
 
     def close(self) -> None:
@@ -269,6 +274,13 @@ class _Workers:
         self._loader = self._make_loader()  # the old one holds its workers; this one has none before it is iterated
         for received in list(self._received):
             received.close()
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join(_KILLED_S)
 
 
 class _Received(Iterator["tuple[WorkerBatch, float]"]):
@@ -279,19 +291,15 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
 
     def __init__(self, items: Iterator[WorkerBatch | SampleError]) -> None:
         self._items: Iterator[WorkerBatch | SampleError] | None = items
-        self._processes: list[Any] = list(getattr(items, "_workers", ()))
+        self.processes: list[Any] = list(getattr(items, "_workers", ()))
         """Of a DataLoader with workers."""
 
     def close(self) -> None:
         """Drop the DataLoader's iterator, whose workers end with its last reference, and kill those that do not."""
         self._items = None
-        for process in self._processes:
-            # DataLoader asks, waits five seconds and sends SIGTERM, which workers ignore: one that is stuck would stay, and the
-            # interpreter would wait for it at its end.
-            if process.is_alive():
-                process.kill()
-                process.join(_KILLED_S)
-        self._processes = []
+        # DataLoader asks, waits five seconds and sends SIGTERM, which workers ignore: one that is stuck would stay.
+        _kill(self.processes)
+        self.processes = []
 
     def __next__(self) -> tuple[WorkerBatch, float]:
         if self._items is None:
@@ -308,7 +316,5 @@ class _Received(Iterator["tuple[WorkerBatch, float]"]):
                 "ran out of memory (dmesg says so): set data.num_workers lower, or give the job more memory and /dev/shm"
             ) from err
         if isinstance(item, SampleError):
-            # The error's frames may live long; the DataLoader's iterator, and its workers with it, should not.
-            self._items = iter(())
             raise item
         return item, time.monotonic() - began

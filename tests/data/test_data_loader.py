@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import multiprocessing
 import random
@@ -333,6 +334,7 @@ def test_making_a_source_twice_keeps_it(digits_folder: Path) -> None:
 
 
 def test_close_ends_the_workers_although_the_loader_and_its_iterator_are_held(digits_train: ShardIndex, digits_folder: Path) -> None:
+    gc.collect()  # an earlier test's error holds a loader
     loader = train_loader(digits_train, data_config(digits_folder, num_workers=2), steps=50)
     batches = iter(loader)
     first = next(batches)
@@ -348,6 +350,7 @@ def test_close_ends_the_workers_although_the_loader_and_its_iterator_are_held(di
 
 
 def test_close_ends_the_workers_of_an_evaluation(digits_validation: ShardIndex, digits_folder: Path) -> None:
+    gc.collect()
     loader = EvalLoader(digits_validation, data_config(digits_folder, num_workers=1), batch_size=16, rank=0, world=1)
     batches = iter(loader)
     next(batches)

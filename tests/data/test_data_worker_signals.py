@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,3 +65,18 @@ def test_a_worker_that_is_stuck_is_killed_when_the_loader_closes(digits_folder: 
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_interpreter_ends_although_a_loader_with_workers_was_not_closed(digits_folder: Path) -> None:
+    script = (
+        "import sys\n"
+        "from m2mkd_ds.config import DataConfig\n"
+        "from m2mkd_ds.data.index import ShardIndex\n"
+        "from m2mkd_ds.data.loader import EvalLoader\n"
+        "data = DataConfig(num_classes=10, image_size=16, num_workers=1)\n"
+        "loader = EvalLoader(ShardIndex.load(sys.argv[1]), data, batch_size=4, rank=0, world=1)\n"
+        "next(iter(loader))\n"
+        "raise SystemExit(3)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(digits_folder / "validation")], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 3, ended.stderr
