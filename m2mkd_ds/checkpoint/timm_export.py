@@ -109,7 +109,8 @@ def write_timm_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str
         os.replace(temp, out)
         fsync_path(out.parent)
     except (OSError, SafetensorError) as err:
-        raise StoreError(f"{out}: not written ({err.strerror or err}); free space or choose another folder, then run it again") from err
+        reason = getattr(err, "strerror", None) or err
+        raise StoreError(f"{out}: not written ({reason}); free space or choose another folder, then run it again") from err
     finally:
         if old.exists() and not out.exists():
             os.replace(old, out)

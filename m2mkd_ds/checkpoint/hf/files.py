@@ -35,7 +35,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.replace(temp, out)
         fsync_path(out.parent)
     except (OSError, SafetensorError) as err:
-        raise StoreError(f"{out}: not exported ({err.strerror or err}); free space or choose another folder, then run it again") from err
+        reason = getattr(err, "strerror", None) or err
+        raise StoreError(f"{out}: not exported ({reason}); free space or choose another folder, then run it again") from err
     finally:
         if old.exists() and not out.exists():
             os.replace(old, out)
