@@ -26,6 +26,7 @@ from m2mkd_ds.train.bad_samples import BadSampleList
 from m2mkd_ds.train.balance import add_loads, balance_routers, biased_routers
 from m2mkd_ds.train.ledger import SlotLedger
 from m2mkd_ds.train.optim import build_adamw
+from m2mkd_ds.train.saving import Saver
 from m2mkd_ds.train.steps import supervised_step
 
 RATE = 0.125
@@ -72,7 +73,7 @@ def one_step(world: World, folder: Path, accumulation: int, precision: str = "fp
     )  # fmt: skip
     bad = BadSampleList(folder / "bad_samples.jsonl", cap=0, world=world, what="end_to_end", start_step=0)
     ledger = SlotLedger(job.layout, 0, world)
-    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True, bad, loop.Fed(), ledger)
+    loop._train_step(job, cast(Any, Feed()), [trainee], 0, True, bad, loop.Fed(), ledger, Saver(job))
     return model, trainee
 
 
