@@ -134,7 +134,8 @@ def test_a_server_that_refuses_requests_is_left_alone_while_another_answers(
     run_out(feed, setting.expected())
     errors = lines("ERROR")
     assert len(errors) == 1 and f"a:1 refuses ({code}): not from you" in errors[0]
-    assert town.asked["a:1"] == 1 and town.asked["b:1"] == len(requests())
+    # The batch ahead may have been asked for before the first refusal was heard; after it, never again.
+    assert 1 <= town.asked["a:1"] <= 2 < len(requests()) and town.asked["b:1"] == len(requests())
 
 
 def test_threads_that_wait_for_earlier_batches_hear_of_the_refusal(setting: Setting, open_feed: OpenFeed) -> None:
