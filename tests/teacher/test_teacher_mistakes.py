@@ -30,7 +30,10 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     """lines(level) -> messages of that level."""
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.INFO, logger="m2mkd_ds"):
-        yield lambda level: [record.getMessage() for record in caplog.records if record.levelname == level]
+        # By identity: a record may come to pytest by the package's own logger and by the root.
+        yield lambda level: [
+            record.getMessage() for record in {id(record): record for record in caplog.records}.values() if record.levelname == level
+        ]
 
 
 class Strangers(Town):
