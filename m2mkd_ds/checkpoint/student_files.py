@@ -9,17 +9,15 @@ The common entrance of everything that uses finished students: timm's entry poin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.atomic import StoreError, read_json
-from m2mkd_ds.checkpoint.hf.config import arch_from_config_json, data_from_processor
-from m2mkd_ds.checkpoint.hf.load import class_names_of
-from m2mkd_ds.checkpoint.hf.manifest import MODEL_TYPE, verify_manifest
+from m2mkd_ds.checkpoint.atomic import StoreError
+from m2mkd_ds.checkpoint.hf.load import class_names_of, describe_export
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_metadata, read_weights, weight_shapes
 from m2mkd_ds.config import DataConfig, RunConfig, load
@@ -81,17 +79,7 @@ def open_student(path: str | Path) -> StudentFiles:
 
 
 def _of_export(folder: Path) -> StudentFiles:
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(
-            f"{folder}: config.json is of model_type {config.get('model_type')!r}; expected {MODEL_TYPE!r}, an export of m2mkd_ds"
-        )
-    verify_manifest(folder)
-    arch, stitches = arch_from_config_json(config)
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    data = data_from_processor(read_json(folder / "preprocessor_config.json"), arch.num_classes)
-    files = [folder / shard for shard in shards]
+    arch, stitches, data, files = describe_export(folder)
     return _checked(StudentFiles(folder, arch, stitches, data, tuple(class_names_of(folder)), _file_of(files)))
 
 
@@ -133,7 +121,7 @@ def _stitches_in(shapes: Mapping[str, torch.Size], config: RunConfig, where: str
     return tuple(sorted(found, key=lambda s: (s.pair, s.kind == "post")))
 
 
-def _file_of(files: list[Path]) -> dict[str, Path]:
+def _file_of(files: Sequence[Path]) -> dict[str, Path]:
     """Raises StoreError for a tensor that two files hold."""
     found: dict[str, Path] = {}
     for file in files:

@@ -9,18 +9,17 @@ The same folder on the hub is `hf-hub:USER/NAME`. A teacher needs timm alone; th
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path, read_json, write_json_atomic
+from m2mkd_ds.checkpoint.atomic import read_json, write_json_atomic
+from m2mkd_ds.checkpoint.hf.files import new_folder
 from m2mkd_ds.checkpoint.mapping import apply_rules, same_bits
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.models.variants import OWNED_ARGS, VitArch, meta_device_model
@@ -91,31 +90,13 @@ def export_teacher(
 
 def write_timm_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """The folder beside its place, read back by timm, then renamed. Raises ValueError, and StoreError when it cannot be written."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_timm_folder(out))):
-        raise ValueError(f"{out}: exists and is no folder in timm's layout; choose another one or delete it")
-    temp, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        temp.mkdir(parents=True)
+    with new_folder(out, _is_timm_folder, "no folder in timm's layout") as temp:
         # One metadata key only: safetensors writes several in random order. transformers reads timm's folders too and asks for this one.
         packed = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in sorted(tensors.items())}
         save_file(packed, temp / WEIGHTS, metadata={"format": "pt"})
         os.chmod(temp / WEIGHTS, 0o644)  # save_file makes it private to the user
-        fsync_path(temp / WEIGHTS)
         write_json_atomic(temp / CONFIG, _labels_on_top(config))
         _read_back(temp, tensors)
-        fsync_path(temp)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temp, out)
-        fsync_path(out.parent)
-    except (OSError, SafetensorError) as err:
-        reason = getattr(err, "strerror", None) or err
-        raise StoreError(f"{out}: not written ({reason}); free space or choose another folder, then run it again") from err
-    finally:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        for leftover in (temp, old):
-            shutil.rmtree(leftover, ignore_errors=True)
     return out
 
 

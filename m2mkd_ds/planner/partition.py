@@ -43,7 +43,7 @@ class FlatRow:
         """Parameters of which at least one element lies in part `rank`."""
         low, high = rank * self.part, (rank + 1) * self.part
         starts = [0, *accumulate(self.numels)]
-        placed = zip(self.names, starts, self.numels, strict=False)  # one start more than names: the end
+        placed = zip(self.names, starts, self.numels, strict=False)  # one start more than names: the end of the row
         return tuple(name for name, start, numel in placed if start < high and start + numel > low)
 
 

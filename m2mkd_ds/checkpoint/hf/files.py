@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +19,15 @@ from m2mkd_ds.checkpoint.hf.manifest import MANIFEST
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its place at the end; after an error neither a half folder nor a lost old one."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file())):
-        raise ValueError(f"{out}: exists and is not an export; choose another folder or delete it")
+def new_folder(out: Path, is_ours: Callable[[Path], bool] | None = None, kind: str = "not an export") -> Iterator[Path]:
+    """An empty folder beside `out` that takes its place at the end; after an error neither a half folder nor a lost old one.
+
+    `is_ours` says whether a folder that is there may be replaced (by default, when it has a manifest), `kind` what the refusal calls it.
+    Raises ValueError, and StoreError.
+    """
+    may_go = is_ours or (lambda folder: (folder / MANIFEST).is_file())
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or may_go(out))):
+        raise ValueError(f"{out}: exists and is {kind}; choose another folder or delete it")
     temp, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
     try:
         temp.mkdir(parents=True)

@@ -34,7 +34,25 @@ def load_exported(folder: Path) -> Exported:
 
     Raises StoreError for a missing or changed file, ValueError for a folder of another model or weights that do not fit it.
     """
-    folder = Path(folder)
+    described = describe_export(Path(folder))
+    tensors = {name: t.float() for file in described.files for name, t in read_weights(file).items()}
+    shapes = parameter_shapes(described.arch, StageSpan.whole(described.arch.num_blocks), stitches=described.stitches)
+    check_names(tensors, shapes, str(folder))
+    return Exported(tensors, described.arch, described.stitches, described.data)
+
+
+class Described(NamedTuple):
+    """What an exported folder says of itself, without its weights."""
+
+    arch: VMoEArch
+    stitches: tuple[StitchSpec, ...]
+    data: DataConfig
+    files: tuple[Path, ...]
+    """The weights files."""
+
+
+def describe_export(folder: Path) -> Described:
+    """Raises StoreError for a missing or changed file, ValueError for a folder of another model."""
     config = read_json(folder / "config.json")
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(
@@ -44,9 +62,8 @@ def load_exported(folder: Path) -> Exported:
     arch, stitches = arch_from_config_json(config)
     index = folder / "model.safetensors.index.json"
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    tensors = {name: t.float() for shard in shards for name, t in read_weights(folder / shard).items()}
-    check_names(tensors, parameter_shapes(arch, StageSpan.whole(arch.num_blocks), stitches=stitches), str(folder))
-    return Exported(tensors, arch, stitches, data_from_processor(read_json(folder / "preprocessor_config.json"), arch.num_classes))
+    data = data_from_processor(read_json(folder / "preprocessor_config.json"), arch.num_classes)
+    return Described(arch, stitches, data, tuple(folder / shard for shard in shards))
 
 
 def class_names_of(folder: Path) -> list[str]:
