@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import logging
 import os
 import socket
 from collections import Counter
@@ -99,6 +100,21 @@ def no_network() -> Iterator[None]:
     patch.setattr(socket.socket, "connect", guarded)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> Iterator[None]:
+    """Every test meets the package's logger as an import leaves it; a command run in this process sets it up for good."""
+    _reset_log()
+    yield
+    _reset_log()
+
+
+def _reset_log() -> None:
+    log = logging.getLogger("m2mkd_ds")
+    log.handlers[:] = []
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
 
 
 @pytest.fixture(scope="session")

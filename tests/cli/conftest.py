@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,7 @@ from tests.cli.ended import Ended, Run
 
 @pytest.fixture
 def m2mkd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """Call it with the words of a command line; logger and environment are put back afterwards."""
-    logger = logging.getLogger("m2mkd_ds")
-    before = (list(logger.handlers), logger.level, logger.propagate)
+    """Call it with the words of a command line; the environment is put back afterwards."""
     environment = dict(os.environ)
     monkeypatch.chdir(tmp_path)
 
@@ -30,6 +27,5 @@ def m2mkd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         return Ended(code, *capsys.readouterr())
 
     yield call
-    logger.handlers[:], logger.level, logger.propagate = before
     os.environ.clear()
     os.environ.update(environment)

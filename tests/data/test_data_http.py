@@ -14,7 +14,6 @@ from m2mkd_ds.data.remote.files import RangeFiles
 from m2mkd_ds.data.remote.http_transport import HttpClient, Refused, is_hugging_face
 from m2mkd_ds.data.remote.transports import open_stream
 from m2mkd_ds.data.shard_files import Access
-from m2mkd_ds.logs import logger
 from tests.data.faulty_server import Fault, FaultyServer, cut, redirect, reset, serving, slow, stall, status, wrong_range
 
 BODY = bytes(i * 7 % 251 for i in range(3_000_000))
@@ -25,11 +24,6 @@ class Record:
 
     def __init__(self, name: str, size: int) -> None:
         self.name, self.bytes, self.sha256 = name, size, ""
-
-
-@pytest.fixture(autouse=True)
-def log_reaches_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
 
 
 @pytest.fixture

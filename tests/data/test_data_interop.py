@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -127,10 +126,7 @@ def test_lists_are_renewed_and_wrong_places_are_told(root: Path, tmp_path: Path)
         write_interop(tmp_path)
 
 
-def test_jpeg_members_are_named_because_timm_would_skip_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("m2mkd_ds"), "propagate", True)
+def test_jpeg_members_are_named_because_timm_would_skip_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_tar(tmp_path / "s.tar", image_members(range(2), "jpeg"))
     with caplog.at_level("WARNING", logger="m2mkd_ds"):
         index_shards(IndexRequest(shards=(str(tmp_path),)), workers=1)

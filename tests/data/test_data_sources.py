@@ -107,7 +107,6 @@ def test_every_place_is_tried_and_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setattr(fm, "DEBIAN_FOLDER", tmp_path / "not-installed")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(logging.getLogger("m2mkd_ds"), "propagate", True)
     with caplog.at_level(logging.INFO, "m2mkd_ds"), pytest.raises(ShardError) as caught:
         fm.fashion_mnist_arrays(tmp_path / "cache")
     message = str(caught.value)

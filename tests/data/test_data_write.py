@@ -111,7 +111,6 @@ def test_three_processes_write_the_bytes_of_one_and_say_how_far_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("m2mkd_ds.logs.PLAIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(logging.getLogger("m2mkd_ds"), "propagate", True)
     caplog.set_level(logging.INFO, "m2mkd_ds")
     images_NHWC = np.random.default_rng(0).integers(0, 256, (40, 500, 400, 3), dtype=np.uint8)[:, ::4, ::4]
     (tmp_path / "files").mkdir()

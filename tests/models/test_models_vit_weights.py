@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -206,10 +205,7 @@ def test_pretrained_weights_of_a_hub_entry_come_back_as_they_are(tmp_path: Path)
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
 
 
-def test_pretrained_positions_are_resized_and_a_head_of_other_classes_is_fresh(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("m2mkd_ds"), "propagate", True)
+def test_pretrained_positions_are_resized_and_a_head_of_other_classes_is_fresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved = save_locally(tmp_path, num_classes=10)
     arch = VitArch(f"local-dir:{tmp_path}", {}, 7, 64)
     with pytest.raises(ValueError, match=r"head of 10 classes and data\.num_classes is 7: an untrained head cannot teach"):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
 from m2mkd_ds.teacher.client.remote import RemoteFeed
 from m2mkd_ds.teacher.flight.client import FlightConnection
@@ -26,14 +25,10 @@ SHARD = "shard-000003.tar, sample 17: other bytes than were indexed"
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]:
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], list[str]]]:
     """lines(level) -> messages of that level."""
-    monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.INFO, logger="m2mkd_ds"):
-        # By identity: a record may come to pytest by the package's own logger and by the root.
-        yield lambda level: [
-            record.getMessage() for record in {id(record): record for record in caplog.records}.values() if record.levelname == level
-        ]
+        yield lambda level: [record.getMessage() for record in caplog.records if record.levelname == level]
 
 
 class Strangers(Town):

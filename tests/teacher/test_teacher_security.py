@@ -9,7 +9,6 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from m2mkd_ds.config import ConfigError
-from m2mkd_ds.logs import logger
 from m2mkd_ds.teacher.flight import gate as flight_gate
 from m2mkd_ds.teacher.flight.gate import FailureLimit
 from m2mkd_ds.teacher.flight.security import (
@@ -48,8 +47,7 @@ def test_loopback_needs_nothing_and_other_addresses_need_everything(pki: Pki) ->
     assert keys.cert == Path(cert).read_bytes() and keys.authority == Path(pki.ca).read_bytes()
 
 
-def test_insecure_is_allowed_with_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
+def test_insecure_is_allowed_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         ServerSecurity(insecure=True, token=TOKEN).load("0.0.0.0")
     assert "with --insecure and without --tls-cert, --tls-key, --client-ca:" in caplog.text

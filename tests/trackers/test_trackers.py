@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from m2mkd_ds.config import ConfigError
-from m2mkd_ds.logs import MetricsWriter, logger, read_metrics
+from m2mkd_ds.logs import MetricsWriter, read_metrics
 from m2mkd_ds.trackers import trackers
 from m2mkd_ds.trackers.tracker import TrackedRun
 from m2mkd_ds.trackers.trackers import FILE_NAME, Trackers, check_trackers, open_trackers, scalars
@@ -155,7 +155,6 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(
     def broken(run: TrackedRun) -> Fragile:
         raise OSError("no room")
 
-    monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(trackers, "OPENERS", {"wandb": opener("wandb", 2), "trackio": opener("trackio", 99), "tensorboard": broken})
     run = TrackedRun(project="p", name="run pair 0", id="i", folder=tmp_path, config={})
     with caplog.at_level(logging.WARNING, logger="m2mkd_ds"):

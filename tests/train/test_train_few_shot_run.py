@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,9 +56,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, digits_shards: Path) ->
 
 @pytest.fixture
 def m2mkd(capfd: pytest.CaptureFixture[str]) -> Iterator[M2mkd]:
-    """`m2mkd few-shot WORDS` in this process; logger and environment are put back afterwards."""
-    logger = logging.getLogger("m2mkd_ds")
-    before = (list(logger.handlers), logger.level, logger.propagate)
+    """`m2mkd few-shot WORDS` in this process; the environment is put back afterwards."""
     environment = dict(os.environ)
 
     def call(*words: object) -> tuple[int, str, str]:
@@ -71,7 +68,6 @@ def m2mkd(capfd: pytest.CaptureFixture[str]) -> Iterator[M2mkd]:
         return code, *capfd.readouterr()
 
     yield call
-    logger.handlers[:], logger.level, logger.propagate = before
     os.environ.clear()
     os.environ.update(environment)
 

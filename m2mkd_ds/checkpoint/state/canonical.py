@@ -50,7 +50,7 @@ class CanonicalCheckpoint:
         return self._files.shared[name].dtype if kind == SHARED else torch.float32
 
     def runs(self, kind: str, name: str) -> Iterator[Tensor]:
-        """All elements of a tensor in their order, in pieces of at most 16 MiB."""
+        """All elements of a tensor in their order, in pieces of at most 4 MiB."""
         numel = self.shape(kind, name).numel()
         if kind == SHARED:
             yield from self._files.runs_shared(name)

@@ -48,8 +48,8 @@ class Consolidated:
 def consolidate(source: Path, out: Path, *, what: What = "weights", max_shard_bytes: int | None = None) -> Consolidated:
     """Write the checkpoint `source` (or the newest good one in it) to `out`, a new file `NAME.safetensors`.
 
-    Where that would exceed `max_shard_bytes`: to NAME-00001-of-00003.safetensors, ... and NAME.safetensors.index.json. Memory: 16 MiB.
-    Raises StoreError when the source is damaged or has no average, or a file of that name exists.
+    Where that would exceed `max_shard_bytes`: to NAME-00001-of-00003.safetensors, ... and NAME.safetensors.index.json. In memory
+    are a few pieces of 4 MiB. Raises StoreError when the source is damaged or has no average, or a file of that name exists.
     """
     if out.suffix != ".safetensors":
         raise StoreError(f"{out}: the file to write must end in .safetensors")

@@ -24,8 +24,8 @@ from m2mkd_ds.checkpoint.saves.manifest import FileRecord
 METADATA_KEY = "m2mkd_ds"
 """All metadata are one JSON text under this key: safetensors writes several keys in random order, so that equal content would
 have unequal checksums."""
-PIECE_NUMEL = 1 << 22
-"""Largest run of elements in memory at a time: 16 MiB of fp32."""
+PIECE_NUMEL = 1 << 20
+"""Largest run of elements in memory at a time: 4 MiB of fp32. The C library keeps freed pieces for later, so a process grows by several."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

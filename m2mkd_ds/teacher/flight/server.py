@@ -71,6 +71,7 @@ class FlightTransport:
         self._calls: set[_Call] = set()
         self._changed = threading.Condition()
         self._stopping, self._hard = threading.Event(), threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="flight stalls", daemon=True)
 
     @property
     def port(self) -> int:
@@ -85,7 +86,7 @@ class FlightTransport:
     def start(self) -> None:
         """Listen and serve in threads. Raises OSError when the address cannot be had."""
         self._server = _make_server(self, self._keys, join_address(self._host, self._port))
-        threading.Thread(target=self._watch, name="flight stalls", daemon=True).start()
+        self._watching.start()
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, wait up to `grace_s` for those under way, cut the rest off. Ends within `grace_s` and a few seconds."""
@@ -101,6 +102,7 @@ class FlightTransport:
         while ending.is_alive() and time.monotonic() < deadline:
             self._cut(lambda call: True)
             ending.join(0.1)
+        self._watching.join()
         if ending.is_alive():
             logger.warning("%d answers on %s are still being computed; the port is closed", len(self._calls), self.endpoint)
 
