@@ -40,7 +40,7 @@ def memory(
 
     A first look, in half a minute: m2mkd bench memory --quick
 
-    The committed result (about ten minutes on two cores): m2mkd bench memory --out docs/benchmarks
+    The committed result (ten to twenty minutes on two cores): m2mkd bench memory --out docs/benchmarks
 
     Exit code 1 if a prediction is more than 10 % off.
 
