@@ -71,7 +71,7 @@ class Saver:
         raise StoreError("a checkpoint could not be saved on another rank (its own message says why)")
 
     def wait(self) -> None:
-        """Return when everything saved so far is committed. Raises StoreError, on every rank, when something is not."""
+        """Return when everything saved so far is committed. Raises StoreError when something is not, as far as this rank knows."""
         for committer in self._committers.values():
             committer.wait()
 
