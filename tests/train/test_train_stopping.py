@@ -247,12 +247,15 @@ def test_after_a_frozen_rank_the_weights_are_those_of_the_undisturbed_run(slow_c
 
 
 def test_evaluations_that_a_stop_left_out_are_made_up_for(course: Course) -> None:
-    scores = {}
+    scores, keys = {}, {}
     for name in ("straight", "stopped"):
-        lines = [line for line in read_metrics(course.out / name / PHASE / "metrics.jsonl") if "eval/top1" in line]
+        every = read_metrics(course.out / name / PHASE / "metrics.jsonl")
+        keys[name] = [(line["step"], line.keys()) for line in every]
+        lines = [line for line in every if "eval/top1" in line]
         scores[name] = [(line["step"], line["eval/top1"], line["eval/loss"]) for line in lines]
     assert [step for step, _, _ in scores["straight"]] == [EVAL_STEPS, 2 * EVAL_STEPS, STEPS]
     assert scores["stopped"] == scores["straight"]
+    assert keys["stopped"] == keys["straight"]  # in the line of their step
 
 
 def test_a_run_that_ended_well_has_its_record_and_no_heartbeats(course: Course) -> None:
