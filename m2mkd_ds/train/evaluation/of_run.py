@@ -27,7 +27,7 @@ from m2mkd_ds.models.meta import run_stages
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, count_parameters
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
-from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.ending.stopping import stop_requested
 from m2mkd_ds.train.evaluation.evaluate import EvaluationAbandoned, Output, Score, paired_interval
 from m2mkd_ds.train.loop import NonFiniteLossError
 from m2mkd_ds.train.nodes import Node, read_done, withdraw_done, write_done
@@ -72,7 +72,7 @@ def score_run(ctx: RunContext) -> tuple[dict[str, Score], dict[str, Any]]:
     try:
         scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
     except EvaluationAbandoned:
-        raise StopRequested("evaluate", 0, ctx.stop.why or "asked of another rank") from None
+        raise stop_requested("evaluate", 0, ctx.stop) from None
     return scores, summarise_scores(scores, sizes, seed=ctx.config.seed, world_size=ctx.world.size)
 
 

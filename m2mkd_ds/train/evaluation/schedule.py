@@ -11,7 +11,7 @@ from typing import Any
 from m2mkd_ds.distributed.watch.activity import section
 from m2mkd_ds.distributed.world import broadcast_object
 from m2mkd_ds.logs import logger, read_metrics
-from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.ending.stopping import stop_requested
 from m2mkd_ds.train.evaluation.evaluate import EvaluationAbandoned
 from m2mkd_ds.train.job import Job, Trainee
 
@@ -56,7 +56,7 @@ def catch_up(job: Job, owed: list[Trainee]) -> dict[str, float]:
     Raises StopRequested when the run is stopped again.
     """
     if not evaluate_at_step(job, owed):
-        raise StopRequested(job.phase_name, min(t.step for t in job.trainees), job.stop.why or "asked of another rank")
+        raise stop_requested(job.phase_name, min(t.step for t in job.trainees), job.stop)
     top1 = {}
     for trainee in owed:
         if trainee.metrics is not None:
