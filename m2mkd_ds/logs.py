@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -114,22 +114,50 @@ class MetricsWriter:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+        self._path = path
+        self._file = _replaced(path, [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step])
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record` (must hold `step`)."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def amend(self, record: dict[str, Any]) -> None:
+        """Put `record` into the last line when that is of the same step, else append it: readers may take every line for a step of its
+        own. Reads and writes the whole file."""
+        lines = _complete_lines(self._path)
+        last = json.loads(lines[-1]) if lines else {}
+        if last.get("step") != record["step"]:
+            self.write(record)
+            return
+        self._file.close()
+        self._file = _replaced(self._path, [*lines[:-1], json.dumps(last | record)])
+
+    def sync(self) -> None:
+        """Force what was written to the disk. From any thread: every line has left this process already. Raises OSError."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush to disk and close."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
+
+
+def _replaced(path: Path, lines: list[str]) -> TextIO:
+    """The file with these lines instead, open for more; bytes and name are on the disk, so that a power cut brings no old one back."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return path.open("a")
 
 
 def _complete_lines(path: Path) -> list[str]:

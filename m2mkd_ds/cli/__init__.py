@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if not isinstance(err, StopRequested):
             raise
-        _say(err)
+        if not err.is_told:
+            _say(err)
         sys.exit(STOP_CODE)
 
 

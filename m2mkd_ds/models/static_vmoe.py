@@ -11,6 +11,7 @@ Evaluation only. Shape letters: B images, L tokens an image, T = B*L, D width, E
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -57,7 +58,7 @@ class Expert(nn.Module):
         return self.down(activate(self.up(rows_RD), self.activation))
 
 
-class StaticExperts(nn.Module):
+class StaticExperts(nn.Module, ABC):
     """All experts of a layer, and the router whose choice they follow."""
 
     def __init__(self, layer: MoELayer) -> None:
@@ -74,9 +75,9 @@ class StaticExperts(nn.Module):
         weights_TE = (chosen_TKE * weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
         return self.compute(x_TD, chosen_TKE.any(dim=1), weights_TE).reshape(x_BLD.shape)
 
+    @abstractmethod
     def compute(self, x_TD: Tensor, chosen_TE: Tensor, weights_TE: Tensor) -> Tensor:
         """The weighted sum of each token's experts."""
-        raise NotImplementedError
 
 
 class GatheredExperts(StaticExperts):

@@ -22,7 +22,7 @@ from m2mkd_ds.moe.telemetry import load_metrics
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch, TeacherFeed
 from m2mkd_ds.train.bad_samples import FILE_NAME, BadSampleList, lists_of_phase
 from m2mkd_ds.train.balance import Loads, add_loads, balance_routers
-from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.ending.stopping import stop_requested
 from m2mkd_ds.train.evaluation.schedule import catch_up, evaluate_at_step, owed_evaluations, steps_between_evaluations, write_metrics
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.ledger import SlotLedger
@@ -159,7 +159,7 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, save
             if stopping:
                 with section("save", limit="save", may_wait=True, step=done):
                     saver.wait()
-                raise StopRequested(job.phase_name, done, job.stop.why or "asked of another rank")
+                raise stop_requested(job.phase_name, done, job.stop)
 
 
 def _train_step(

@@ -7,12 +7,14 @@ ranks (split, assemble) are then done by rank 0 while the others wait.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from m2mkd_ds.config import ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import parse_pairs
+from m2mkd_ds.distributed.start.launched import launched_rank
 from m2mkd_ds.distributed.start.rendezvous import GivenUpError
 from m2mkd_ds.distributed.watch.activity import section
 from m2mkd_ds.distributed.world import World, barrier, broadcast_object, gather_object, init_world, shutdown
@@ -21,7 +23,7 @@ from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.ending.closed_output import outliving_readers
 from m2mkd_ds.train.ending.guard import guarded
-from m2mkd_ds.train.ending.stopping import StopFlag, StopRequested, launcher_chain, listening
+from m2mkd_ds.train.ending.stopping import StopFlag, StopRequested, launcher_chain, listening, reason_of, tells_of_stop
 from m2mkd_ds.train.evaluation.of_run import evaluate_run
 from m2mkd_ds.train.feeds import needs_images
 from m2mkd_ds.train.job import Job
@@ -51,12 +53,14 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
     every rank, when any was asked to stop (stopping.py) or lost its launcher; PeerLostError where another rank has gone.
     """
     check_phases(config, names)
-    stop = StopFlag()
-    with outliving_readers(), listening(stop, launcher_chain()):
+    stop, chain = StopFlag(), launcher_chain()
+    with outliving_readers(), listening(stop, chain):
         try:
             world = init_world(config.watch.collective_timeout_s, start_timeout_s=config.watch.start_s, give_up=stop)
         except GivenUpError:
-            raise StopRequested(names[0], 0, stop.why or "asked of another rank") from None
+            given_up = StopRequested(names[0], 0, stop.why or "asked of another rank")
+            given_up.is_told = not tells_of_stop(launched_rank(os.environ), chain, os.environ)
+            raise given_up from None
         setup_logging(world.rank)
         stopped = _run_watched(config, world, names, pairs, stop)
         stop.leaving = True
@@ -64,6 +68,7 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
         # error until the time-out. The process ends, its connections close, and the launcher ends the rest.
         shutdown()
     if stopped is not None:
+        stopped.is_told = not tells_of_stop(world.rank, chain, os.environ)
         raise stopped
 
 
@@ -104,9 +109,9 @@ def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all",
     print_ = fingerprint(config, node, ctx.root, ctx.data_fingerprints)
     started = time.monotonic()
     # Rank 0 looks for all: another rank might look when rank 0 has finished the node already, and leave it out.
-    told = gather_object((is_done(ctx.root / name, node, config, print_, world.size), ctx.stop()), what="is it done, or to be stopped")
-    if any(asked for _, asked in told):
-        raise StopRequested(name, 0, ctx.stop.why or "asked of another rank")
+    told = gather_object((is_done(ctx.root / name, node, config, print_, world.size), ctx.stop.why), what="is it done, or to be stopped")
+    if any(why for _, why in told):
+        raise StopRequested(name, 0, reason_of([why for _, why in told]))
     if told[0][0]:
         logger.info("%s: complete, nothing to do", name)
         return

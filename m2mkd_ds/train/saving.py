@@ -12,16 +12,19 @@ An asynchronous save that fails on any rank stops all ranks at one step: each te
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from m2mkd_ds.checkpoint.saves.async_commit import Committer
 from m2mkd_ds.checkpoint.saves.attempt import Ranks
 from m2mkd_ds.checkpoint.saves.commit import Write
+from m2mkd_ds.checkpoint.saves.manifest import FileRecord
 from m2mkd_ds.checkpoint.store import StoreError
 from m2mkd_ds.distributed.engine import Snapshot
 from m2mkd_ds.distributed.world import broadcast_object
-from m2mkd_ds.logs import logger
+from m2mkd_ds.logs import MetricsWriter, logger
 from m2mkd_ds.train.job import Job, Trainee
 from m2mkd_ds.train.micro_seed import SEED_RULE
 from m2mkd_ds.train.nodes import source_commit, versions
@@ -56,7 +59,7 @@ class Saver:
         def copy() -> Write:
             # The save before has ended: its memory may be written over.
             self._snapshots[trainee.name] = trainee.engine.snapshot(reuse=self._snapshots.get(trainee.name))
-            return self._snapshots[trainee.name].write
+            return _with_metrics(self._snapshots[trainee.name].write, trainee.metrics)
 
         record = {**record_of(trainee, self.job, score), **self._origin} if self.job.world.is_main else {}
         self._committers[trainee.name].save(trainee.step, copy, record)
@@ -71,7 +74,7 @@ class Saver:
         raise StoreError("a checkpoint could not be saved on another rank (its own message says why)")
 
     def wait(self) -> None:
-        """Return when everything saved so far is committed. Raises StoreError, on every rank, when something is not."""
+        """Return when everything saved so far is committed. Raises StoreError when something is not, as far as this rank knows."""
         for committer in self._committers.values():
             committer.wait()
 
@@ -81,6 +84,20 @@ class Saver:
             problem = committer.close(patience_s=PATIENCE_S)
             if problem:
                 logger.warning("%s: the checkpoint under way was not saved either: %s", name, problem)
+
+
+def _with_metrics(write: Write, metrics: MetricsWriter | None) -> Write:
+    """`write`, with the lines of metrics up to this step forced to the disk first, on the rank that has them: after a power cut a run goes
+    on behind its checkpoint, and what the file lacks then, it lacks for good. Where the state is written, in the thread if there is one,
+    because a disk that fails there fails the save on all ranks."""
+    if metrics is None:
+        return write
+
+    def write_both(folder: Path) -> Mapping[str, FileRecord]:
+        metrics.sync()
+        return write(folder)
+
+    return write_both
 
 
 def record_of(trainee: Trainee, job: Job, score: float | None) -> dict[str, Any]:

@@ -129,6 +129,27 @@ def test_a_rank_that_stops_for_another_error_does_not_wait_long_for_ranks_that_a
     assert threading.active_count() == threads - 1
 
 
+def test_a_rank_that_does_not_see_the_commit_in_time_raises_alone(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def tell(value: str) -> str:
+        told.append(value)
+        return value
+
+    main, state = committer(tmp_path, ranks=Ranks(0, 2, tell)), State()
+    other = committer(tmp_path, ranks=Ranks(1, 2, lambda value: told[-1]), deadline_s=0.1)
+    state.let_write = threading.Event()
+    main.save(10, state.copy, {"step": 10})
+    other.save(10, lambda: lambda folder: {}, {})
+    with pytest.raises(StoreError, match="not known to be saved, no word from rank 0"):
+        other.wait()
+    state.let_write.set()
+    main.wait()
+    assert newest(tmp_path) == (10, 0)
+    main.close()
+    other.close()
+
+
 @pytest.fixture
 def memory_path() -> Iterator[Path]:
     with folder_in_memory() as folder:

@@ -20,7 +20,15 @@ from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import EvalLoader
 from m2mkd_ds.data.sources.registry import make_source
 from m2mkd_ds.distributed.world import World
-from m2mkd_ds.models.static_vmoe import DenseExperts, GatheredExperts, StaticVMoE, smallest_gaps, why_not_static
+from m2mkd_ds.models.spans import StageSpan
+from m2mkd_ds.models.static_vmoe import (
+    DenseExperts,
+    GatheredExperts,
+    StaticExperts,
+    StaticVMoE,
+    smallest_gaps,
+    why_not_static,
+)
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, arch_from_config
 from m2mkd_ds.train.context import open_run
 from m2mkd_ds.train.local_nodes import split
@@ -67,6 +75,12 @@ def test_the_static_form_has_the_models_logits(variant: str, experts: type) -> N
     model = shaken(VARIANTS[variant], STITCHES)
     given = decided(model, 7)
     torch.testing.assert_close(StaticVMoE(model, experts)(given), model(given).output, rtol=1e-5, atol=1e-4)
+
+
+def test_experts_without_a_way_to_compute_cannot_be_made() -> None:
+    layer = VisionMoE(SMALL, StageSpan.whole(2), seed=0).blocks["1"].moe
+    with pytest.raises(TypeError, match="abstract class StaticExperts .*'?compute'?"):
+        StaticExperts(layer)  # type: ignore[abstract, arg-type]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from m2mkd_ds.distributed.watch.records import (
     remove_records,
     write_record,
 )
-from m2mkd_ds.distributed.watch.suspects import Observer
+from m2mkd_ds.distributed.watch.suspects import Observer, shared_look_s
 from m2mkd_ds.distributed.watch.watchdog import HANG_CODE
 
 HERE = socket.gethostname()
@@ -141,6 +141,56 @@ def test_a_silent_rank_is_named_with_its_last_section(tmp_path: Path) -> None:
 )
 def test_a_rank_that_lives_is_judged_by_where_it_is(tmp_path: Path, changed: dict[str, object], size: int, expected: str) -> None:
     assert suspect(tmp_path, size=size, alive=heartbeat(1, **changed)).startswith(expected)
+
+
+def test_ranks_that_all_look_read_no_more_together_however_many_they_are() -> None:
+    assert [shared_look_s(size) for size in (0, 1, 8, 31)] == [0.25] * 4
+    assert all(size * size / shared_look_s(size) <= 4000 for size in (1, 31, 32, 64, 100, 512, 4096))
+    assert (shared_look_s(64), shared_look_s(256)) == (1.024, 16.384)  # 64 * 64 / 4000, 256 * 256 / 4000
+
+
+def test_between_two_looks_of_an_observer_that_looks_seldom_nobody_is_taken_for_silent(tmp_path: Path) -> None:
+    observer = Observer(tmp_path, "L", 1, 2, 0.2, 1.25)  # rank 1 of 2: its first look is half of the second later
+    began, number = time.monotonic(), 0
+    while not observer.has_looked_long_enough or time.monotonic() - began < 3.5:
+        number += 1
+        write_record(heartbeat_file(tmp_path, 0), heartbeat(0, beat=number))
+        time.sleep(0.1)
+        if time.monotonic() - began > 1.5:
+            assert observer.missing() == ""
+    last = time.monotonic()
+    while not observer.missing() and time.monotonic() - last < 20:
+        time.sleep(0.05)
+    observer.close()
+    assert "rank 0 on node2 has not been heard of for" in observer.missing()
+    assert 0.2 < time.monotonic() - last < 10  # its last beat may have been seen up to 1.25 s later
+
+
+LOOKS = """
+import os, sys, time
+from pathlib import Path
+from m2mkd_ds.distributed.watch.watchdog import Watchdog, Watched
+opened = []
+def hook(event, arguments):
+    if event == "open" and os.path.basename(str(arguments[0])).startswith("rank-"):
+        opened.append(arguments[0])
+sys.addaudithook(hook)
+began = time.monotonic()
+dog = Watchdog(Watched(Path(sys.argv[1]), "L", 0, 90, {}, 1.0, lambda *_: None, lambda: True))
+dog.start()
+time.sleep(3)
+dog.stop()
+print(len(opened), time.monotonic() - began)
+"""
+
+
+def test_a_rank_of_many_that_was_asked_to_stop_reads_the_others_heartbeats_seldom(tmp_path: Path) -> None:
+    for rank in range(1, 90):
+        write_record(heartbeat_file(tmp_path, rank), heartbeat(rank))
+    done = subprocess.run([sys.executable, "-c", LOOKS, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+    opened, seconds = map(float, done.stdout.split())
+    # Every 90 * 90 / 4000 = 2.025 s, and not four times a second.
+    assert 89 <= opened <= 90 * (seconds / 2.025 + 1)
 
 
 def test_records_of_another_launch_and_broken_ones_are_not_read(tmp_path: Path) -> None:

@@ -122,6 +122,11 @@ def test_no_file_of_the_routing_uses_atomics() -> None:
         assert not used & forbidden, (file.name, used & forbidden)
 
 
+def test_a_router_without_a_rule_of_its_own_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract class LinearRouter .*'?route'?"):
+        routers.LinearRouter(6, 4, RouterConfig())  # type: ignore[abstract]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

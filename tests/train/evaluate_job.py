@@ -25,10 +25,14 @@ from m2mkd_ds.data.loader import EvalLoader, ImageBatch
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.moe.routing import RoutingStats
 from m2mkd_ds.train.evaluation.evaluate import Output, Score, evaluate
+from m2mkd_ds.train.evaluation.of_run import summarise_scores
+from m2mkd_ds.train.loop import NonFiniteLossError
 
 WORLDS = (1, 2, 3)
 NUM_EXPERTS = 3
 BATCH = 4
+POISON = 5 + 9 * 11
+"""Grey value of image 11."""
 
 
 def logits_table(num_classes: int) -> Tensor:
@@ -83,16 +87,38 @@ def plain(score: Score) -> dict[str, Any]:
     return {**values, "predictions_N": score.predictions_N.tolist(), "hits_N": score.hits_N.tolist(), "expert_load": load}
 
 
-def scores(folder: Path, world: World, tamper: str = "", *, in_step: bool = False) -> dict[str, Any]:
+def loader_of(folder: Path, world: World) -> tuple[ShardIndex, Any]:
     index = ShardIndex.load(folder)
     data = DataConfig(num_classes=index.num_classes, image_size=8, mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1.0, num_workers=0)
-    loader: Any = EvalLoader(index, data, batch_size=BATCH, rank=world.rank, world=world.size)
+    return index, EvalLoader(index, data, batch_size=BATCH, rank=world.rank, world=world.size)
+
+
+def scores(folder: Path, world: World, tamper: str = "", *, in_step: bool = False) -> dict[str, Any]:
+    index, loader = loader_of(folder, world)
     if tamper and world.rank == world.size - 1:
         loader = Tampered(loader, tamper, folder.with_name("copy"))
     chosen = {"together": together} if in_step else {"dense": dense, "sparse": sparse}
     models = {name: (lambda g, f=f: f(g, index.num_classes)) for name, f in chosen.items()}
     found = evaluate(grey_values, models, loader, world, num_images=index.num_samples, dtype=torch.float32, in_step=in_step)
     return {name: plain(score) for name, score in found.items()}
+
+
+def poisoned(grey_B: Tensor, num_classes: int) -> Output:
+    """As dense, but the logits of one image are no numbers."""
+    logits_BV, stats = dense(grey_B, num_classes)
+    return torch.where(grey_B[:, None] == POISON, torch.nan, logits_BV), stats
+
+
+def refusal(folder: Path, world: World) -> str:
+    """What the node says of a student with such a loss, which one rank alone has met."""
+    index, loader = loader_of(folder, world)
+    models = {name: (lambda g, f=f: f(g, index.num_classes)) for name, f in {"teacher": dense, "student": poisoned}.items()}
+    found = evaluate(grey_values, models, loader, world, num_images=index.num_samples, dtype=torch.float32)
+    try:
+        summarise_scores(found, {}, seed=0, world_size=world.size)
+    except NonFiniteLossError as err:
+        return str(err)
+    return "no error"
 
 
 def rank_main(rank: int, out: Path) -> None:
@@ -106,6 +132,7 @@ def rank_main(rank: int, out: Path) -> None:
         for name in ("large", "small"):
             results[f"{name}_{size}"] = scores(out / name, world)
             results[f"in_step_{name}_{size}"] = scores(out / name, world, in_step=True)
+        results[f"poisoned_{size}"] = refusal(out / "large", world)
         for tamper in ("repeat", "drop", "label", "copy"):
             try:
                 scores(out / "large", world, tamper)

@@ -18,6 +18,7 @@ from m2mkd_ds.data.shards.write import write_shards
 from m2mkd_ds.data.sources.registry import encode_png
 from m2mkd_ds.train.evaluation.evaluate import Score, paired_interval, wilson_interval
 from m2mkd_ds.train.evaluation.of_run import compare, summarise_scores
+from m2mkd_ds.train.loop import NonFiniteLossError
 from tests.train import evaluate_job
 from tests.train.evaluate_job import WORLDS, logits_table
 
@@ -177,6 +178,24 @@ def test_expert_load_and_entropy_are_sums_over_all_images(results: dict[str, Any
 def test_models_that_talk_to_other_ranks_run_in_step_and_score_the_same(results: dict[str, Any], data: str, size: int) -> None:
     # 23 images in batches of 4: on two ranks 3 and 3 batches, on three 2, 2 and 2; two images leave rank 2 of three without any
     assert results[f"in_step_{data}_{size}"]["together"] == results[f"{data}_{size}"]["dense"]
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_a_loss_that_is_no_number_is_refused_on_all_ranks_with_the_same_words(results: dict[str, Any], size: int) -> None:
+    # The fixture has compared the words of the ranks; one of them alone has met the image.
+    assert results[f"poisoned_{size}"] == (
+        "evaluate: student has a loss of nan on the validation images; results.json takes finite numbers only, and nothing was written: "
+        "train end_to_end again with a lower lr or with clip_grad"
+    )
+
+
+def test_the_models_whose_scores_are_no_numbers_are_named_with_what_trained_them() -> None:
+    fine, lost, routed = score([1, 0]), score([1, 0]), score([1, 0], block_load=[1, 1])
+    lost.loss_sum = math.inf
+    routed.entropy_sum = {0: math.nan}
+    said = "student_hybrid_12 has a routing entropy of nan, baseline has a loss of inf on .*: train m2mkd and baseline again"
+    with pytest.raises(NonFiniteLossError, match=said):
+        summarise_scores({"teacher": fine, "student_hybrid_12": routed, "baseline": lost}, {}, seed=0, world_size=1)
 
 
 @pytest.mark.parametrize("size", WORLDS)

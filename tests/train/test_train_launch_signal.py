@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from m2mkd_ds.train.ending.outcome import read_outcome
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -19,12 +21,16 @@ from m2mkd_ds.train.ending.outcome import JobRecords
 from m2mkd_ds.train.ending.stopping import StopRequested
 folder = Path(sys.argv[1])
 job = '''
-import os, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").touch())
 (folder / "pid").write_text(str(os.getpid()))
 while not (folder / "asked").exists() or "deaf" in sys.argv:
     time.sleep(0.05)
+(folder / "run/m2mkd").mkdir(parents=True)
+outcome = {"state": "stopped", "phase": "m2mkd", "launch": "L", "step": 7, "cause": "SIGTERM", "pid": 5}
+(folder / "run/m2mkd/outcome.json").write_text(json.dumps(outcome))
+(folder / "told").write_text(os.environ["M2MKD_UNDER_PIPELINE"])
 (folder / "saved").touch()
 '''
 launch.launch_command = lambda config, verb: [sys.executable, "-c", job, str(folder), *sys.argv[2:]]
@@ -55,10 +61,14 @@ def job_of(folder: Path) -> int:
 
 
 def test_a_request_reaches_the_launched_job_which_ends_in_its_own_time(pipeline: subprocess.Popen[str], tmp_path: Path) -> None:
-    pipeline.send_signal(signal.SIGTERM)
+    pipeline.send_signal(signal.SIGUSR1)
     _, said = pipeline.communicate(timeout=60)
     assert (tmp_path / "saved").exists() and not Path(f"/proc/{job_of(tmp_path)}").exists()
-    assert "stopped on request in m2mkd at step 0 (SIGTERM); the same command goes on" in said
+    assert "stopped on request in m2mkd at step 7 (SIGUSR1); the same command goes on" in said
+    # DeepSpeed's launcher dies of others than SIGTERM, so that is what the ranks get, and what they record.
+    outcome = read_outcome(tmp_path / "run" / "m2mkd")
+    assert outcome is not None and (outcome.cause, outcome.step, outcome.pid) == ("SIGUSR1", 7, 5)
+    assert (tmp_path / "told").exists()  # the ranks know that the pipeline speaks for them
 
 
 @pytest.mark.parametrize("pipeline", [["deaf"]], indirect=True)

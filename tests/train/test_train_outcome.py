@@ -15,13 +15,23 @@ import pytest
 import torch
 
 from m2mkd_ds.config import LaunchConfig, WatchConfig
-from m2mkd_ds.distributed.watch.processes import Process, seen
+from m2mkd_ds.distributed.watch.processes import Process, seen, start_time
 from m2mkd_ds.distributed.watch.records import Failure, Heartbeat, failure_file, heartbeat_file, read_failures, write_record
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.train.ending.closed_output import outliving_readers
 from m2mkd_ds.train.ending.guard import _Guard, exit_code, guarded
 from m2mkd_ds.train.ending.outcome import FILE_NAME, JobRecords, Outcome, read_outcome, write_outcome
-from m2mkd_ds.train.ending.stopping import SAME_REQUEST_S, StopFlag, StopRequested, _Listener, launcher_chain, listening
+from m2mkd_ds.train.ending.stopping import (
+    SAME_REQUEST_S,
+    UNDER_PIPELINE,
+    StopFlag,
+    StopRequested,
+    _Listener,
+    launcher_chain,
+    listening,
+    reason_of,
+    tells_of_stop,
+)
 from m2mkd_ds.train.loop import NonFiniteLossError
 from m2mkd_ds.train.pipeline import write_config
 from tests.launching import rank_environment
@@ -227,6 +237,21 @@ def test_a_process_started_by_nohup_outlives_its_parent_and_a_rank_does_not(monk
         assert [process.pid for process in launcher_chain()] == [os.getppid()]
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_rank_0_tells_of_a_stop_unless_a_pipeline_lives_that_does() -> None:
+    pipeline = Process(os.getpid(), start_time(os.getpid()), "python -m m2mkd_ds pipeline --recipe tiny")
+    gone = replace(pipeline, started="1")
+    assert [tells_of_stop(rank, [], {}) for rank in (0, 1)] == [True, False]
+    assert [tells_of_stop(rank, [pipeline], {UNDER_PIPELINE: "1"}) for rank in (0, 1)] == [False, False]
+    assert not tells_of_stop(0, [], {UNDER_PIPELINE: "1"})  # on another host the pipeline is not seen
+    assert [tells_of_stop(rank, [pipeline, gone], {UNDER_PIPELINE: "1"}) for rank in (0, 1)] == [True, False]
+    assert not tells_of_stop(0, [replace(gone, command="deepspeed"), pipeline], {UNDER_PIPELINE: "1"})
+
+
+def test_all_ranks_give_the_reason_of_the_first_that_knows_one() -> None:
+    assert reason_of(["SIGINT", "SIGTERM"]) == "SIGINT"
+    assert reason_of(["", "", "SIGUSR1", "SIGTERM"]) == "rank 2: SIGUSR1"
 
 
 CLOSED = """

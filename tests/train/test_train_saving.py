@@ -27,6 +27,7 @@ from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
 from m2mkd_ds.distributed.watch.activity import section, snapshot
 from m2mkd_ds.distributed.world import World
+from m2mkd_ds.logs import read_metrics
 from m2mkd_ds.teacher.feed import BatchRequest, TeacherBatch
 from m2mkd_ds.train import loop
 from m2mkd_ds.train.ending.stopping import StopRequested
@@ -125,6 +126,19 @@ def make_job(world: World, folder: Path, checkpoint: CheckpointConfig, *, steps:
     ), engine  # fmt: skip
 
 
+def asked_in_step(step: int, job: loop.Job, engine: NumberEngine) -> loop.Job:
+    """The job, which somebody asks to stop while it works on `step`."""
+    step_fn = job.trainees[0].step_fn
+
+    def ask(batch: TeacherBatch, log: bool) -> StepOutput:
+        if engine.steps == step - 1:
+            job.stop.ask("SIGTERM")
+        return step_fn(batch, log)
+
+    job.trainees[0].step_fn = ask
+    return job
+
+
 class _Scored:
     def __init__(self, top1: float) -> None:
         self.top1, self.loss_sum, self.images = top1, 1.0, 1
@@ -146,6 +160,46 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(world: World, tmp_p
     assert threading.active_count() == threads
 
 
+class PowerCut:
+    """What a power cut would leave of a file: its bytes at its last fsync, under the name that it had at the last fsync of its folder."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._bytes, self._named = file, dict[int, bytes](), 0
+        self.at_commits: dict[int, list[int]] = {}
+        """Steps of the lines that would be left by the step of the checkpoint that has just got its name."""
+        self._fsync, self._rename = os.fsync, os.rename
+
+    def fsync(self, descriptor: int) -> None:
+        self._fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}")
+        if path.is_file():
+            self._bytes[path.stat().st_ino] = path.read_bytes()
+        elif path.resolve() == self._file.parent:
+            self._named = self._file.stat().st_ino
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._rename(source, target)
+        lines = self._bytes.get(self._named, b"").splitlines()
+        self.at_commits[int(target.name.removeprefix("step-"))] = [json.loads(line)["step"] for line in lines]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_power_cut_leaves_no_checkpoint_without_the_metrics_up_to_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    config = CheckpointConfig(asynchronous=asynchronous, keep_last=9)
+    with pytest.raises(StopRequested):
+        loop.train(asked_in_step(3, *make_job(world, tmp_path, config)))
+    power = PowerCut(tmp_path.resolve() / "metrics.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", power.fsync)
+        patch.setattr(os, "rename", power.rename)
+        loop.train(make_job(world, tmp_path, config)[0])
+    assert power.at_commits.keys() == {5, 10, 12}
+    for step, lines in power.at_commits.items():
+        assert set(range(1, step + 1)) <= set(lines)
+
+
 def test_with_keep_best_every_evaluation_is_followed_by_a_checkpoint_and_the_best_stays(world: World, tmp_path: Path) -> None:
     job, _ = make_job(world, tmp_path, CheckpointConfig(keep_last=1, keep_best=1, keep_every=10))
     loop.train(job)
@@ -155,21 +209,16 @@ def test_with_keep_best_every_evaluation_is_followed_by_a_checkpoint_and_the_bes
 def test_the_score_of_an_evaluation_that_a_stop_left_out_counts_as_well(world: World, tmp_path: Path) -> None:
     config = CheckpointConfig(keep_last=1, keep_best=1)
     job, engine = make_job(world, tmp_path, config)
-    step_fn = job.trainees[0].step_fn
-
-    def ask_in_step_4(batch: TeacherBatch, log: bool) -> StepOutput:
-        if engine.steps == 3:
-            job.stop.ask("SIGTERM")
-        return step_fn(batch, log)
-
-    job.trainees[0].step_fn = ask_in_step_4
     with pytest.raises(StopRequested):
-        loop.train(job)
+        loop.train(asked_in_step(4, job, engine))
     assert kept(tmp_path) == {4: None}
     again, engine = make_job(world, tmp_path, config)
     rights = iter([0.9, 0.2, 0.4])
     loop.train(replace(again, evaluate=lambda trainees: {"end_to_end": cast(Any, _Scored(next(rights)))}))
     assert kept(tmp_path) == {4: 0.9, 12: 0.4} and engine.steps == 12
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))  # the late evaluation has no line of its own
+    assert (lines[3]["loss"], lines[3]["eval/top1"]) == (1.0, 0.9) and lines[3].keys() == lines[7].keys()
 
 
 def test_the_record_says_all_that_the_state_does_not(world: World, tmp_path: Path) -> None:
@@ -219,16 +268,8 @@ def test_a_save_that_fails_at_the_very_end_is_an_error_of_the_phase(world: World
 def test_a_run_is_not_told_to_be_stopped_and_saved_when_its_last_save_has_failed(world: World, tmp_path: Path) -> None:
     job, engine = make_job(world, tmp_path, CheckpointConfig(asynchronous=True))
     engine.fails_from = 3
-    step_fn = job.trainees[0].step_fn
-
-    def ask_in_step_3(batch: TeacherBatch, log: bool) -> StepOutput:
-        if engine.steps == 2:
-            job.stop.ask("SIGTERM")
-        return step_fn(batch, log)
-
-    job.trainees[0].step_fn = ask_in_step_3
     with pytest.raises(StoreError, match="step-00000003: checkpoint not saved .the disk is gone"):
-        loop.train(job)
+        loop.train(asked_in_step(3, job, engine))
 
 
 def test_another_error_is_not_hidden_by_the_save_under_way(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

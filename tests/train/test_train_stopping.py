@@ -155,7 +155,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def course(out: Path) -> Course:
     strikes = {
         "signalled_rank": strike(out, "stopped", "step:2", lambda job: os.kill(job.rank(1), signal.SIGTERM), verb="train"),
-        "in_evaluation": strike(out, "stopped", "evaluate", lambda job: job.process.send_signal(signal.SIGTERM)),
+        "in_evaluation": strike(out, "stopped", "evaluate", lambda job: job.process.send_signal(signal.SIGINT)),
         "runner_killed": strike(out, "stopped", "step:7", lambda job: os.kill(job.above(2), signal.SIGKILL), release_s=3.0),
         "rank_killed": strike(out, "stopped", "step:11", lambda job: os.kill(job.rank(1), signal.SIGKILL), release_s=1.0),
     }
@@ -179,7 +179,8 @@ def asserts_stopped(ended: Ended, step: int) -> None:
     assert ended.code == 75, ended.output[-4000:]
     assert (ended.outcome["state"], ended.outcome["step"], ended.outcome["exit_code"]) == ("stopped", step, 75)
     assert ended.failures == {} and ended.seconds < 25 and ended.left == []
-    assert f"stopped on request in {PHASE} at step {step} (" in ended.output
+    assert ended.output.count("stopped on request") == 1  # and not once a rank
+    assert f"m2mkd: stopped on request in {PHASE} at step {step} ({ended.outcome['cause']}); the same command goes on" in ended.output
 
 
 def asserts_undisturbed(course: Course, run: str) -> None:
@@ -196,8 +197,8 @@ def test_a_request_to_stop_saves_the_step_on_all_ranks_exits_75_in_time_and_leav
 def test_the_record_says_who_asked(course: Course) -> None:
     causes = {name: ended.outcome["cause"] for name, ended in course.strikes.items()}
     assert causes["runner_killed"].startswith("the launcher's process ") and "deepspeed.launcher.runner" in causes["runner_killed"]
-    assert causes["in_evaluation"] == "SIGTERM"
-    assert causes["signalled_rank"] == "asked of another rank"  # rank 0 writes, rank 1 was asked
+    assert causes["in_evaluation"] == "SIGINT"  # the pipeline got it; the ranks got SIGTERM
+    assert causes["signalled_rank"] == "rank 1: SIGTERM"  # rank 0 writes
     assert course.strikes["signalled_rank"].outcome["launcher"] == "deepspeed"
 
 
@@ -247,12 +248,15 @@ def test_after_a_frozen_rank_the_weights_are_those_of_the_undisturbed_run(slow_c
 
 
 def test_evaluations_that_a_stop_left_out_are_made_up_for(course: Course) -> None:
-    scores = {}
+    scores, keys = {}, {}
     for name in ("straight", "stopped"):
-        lines = [line for line in read_metrics(course.out / name / PHASE / "metrics.jsonl") if "eval/top1" in line]
+        every = read_metrics(course.out / name / PHASE / "metrics.jsonl")
+        keys[name] = [(line["step"], line.keys()) for line in every]
+        lines = [line for line in every if "eval/top1" in line]
         scores[name] = [(line["step"], line["eval/top1"], line["eval/loss"]) for line in lines]
     assert [step for step, _, _ in scores["straight"]] == [EVAL_STEPS, 2 * EVAL_STEPS, STEPS]
     assert scores["stopped"] == scores["straight"]
+    assert keys["stopped"] == keys["straight"]  # in the line of their step
 
 
 def test_a_run_that_ended_well_has_its_record_and_no_heartbeats(course: Course) -> None:

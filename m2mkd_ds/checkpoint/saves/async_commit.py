@@ -49,11 +49,16 @@ class Committer:
         return self._pending is not None and not self._pending.done()
 
     def has_failed(self) -> bool:
-        """Whether this rank knows that the save under way has failed; does not wait. `wait` then raises, on every rank."""
+        """Whether this rank knows that the save under way has failed; does not wait. `wait` then raises, on this rank."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Return when no save is under way. Raises StoreError when the last one failed: on every rank, whichever has failed."""
+        """Return when no save is under way. Raises StoreError when this rank knows that the last one failed, or not that it was committed.
+
+        What goes wrong on any rank before the commit, all ranks learn, at the latest by their deadlines. Still they may end differently: a
+        rank that does not see the commit in time raises alone, though the checkpoint is there. No collective is made here; training asks
+        all ranks before every optimizer step whether one knows of a failure (`loop._agree`).
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

@@ -15,16 +15,32 @@ from m2mkd_ds.distributed.watch.records import Failure, Heartbeat, read_failures
 
 SILENT_BEATS = 2.2
 """A rank is silent after so many heartbeat intervals without a new heartbeat, by the clock of the one who looks."""
-_LOOK_S = 0.25
+LOOK_S = 0.25
+"""Between two looks of an observer that is alone, or is needed for seconds only."""
+_READS_PER_S = 4000.0
+"""Heartbeats that all ranks together may read in a second, while they look for long."""
+
+
+def shared_look_s(size: int) -> float:
+    """Between two looks of each of `size` ranks that all look at all.
+
+    After a stop every rank does so for as long as the save takes, and a look reads a file for every rank, of the disk that all share and
+    save to. So the interval grows with the square of the ranks, from 32 on, and what the job reads does not: 1 s for 64 ranks, 16 s for
+    256. A process of this host that has gone is noticed at once all the same, without its file, from the first look on.
+    """
+    return max(LOOK_S, size**2 / _READS_PER_S)
 
 
 class Observer:
     """Reads the records of the others again and again, in a thread of its own: reading may block for ever where a file system hangs."""
 
-    def __init__(self, folder: Path, launch: str, rank: int, size: int, heartbeat_s: float) -> None:
-        self._folder, self._launch, self._rank, self._size = folder, launch, rank, size
-        self._silence_s = SILENT_BEATS * heartbeat_s
+    def __init__(self, folder: Path, launch: str, rank: int, size: int, heartbeat_s: float, look_s: float = LOOK_S) -> None:
+        self._folder, self._launch, self._rank, self._size, self._look_s = folder, launch, rank, size, look_s
+        # Between two looks a rank is not silent, but unseen.
+        self._silence_s = SILENT_BEATS * heartbeat_s + look_s - LOOK_S
         self._began = time.monotonic()
+        # All ranks are asked to stop at once: those that look seldom take turns from the first look on.
+        self._first_s = (look_s - LOOK_S) * max(rank, 0) / max(size, 1)
         self._beats: dict[int, Heartbeat] = {}
         self._changed: dict[int, float] = {}
         self._failures: dict[int, Failure] = {}
@@ -35,7 +51,7 @@ class Observer:
     @property
     def has_looked_long_enough(self) -> bool:
         """Whether a rank that lives must have been heard of."""
-        return time.monotonic() - self._began > self._silence_s + _LOOK_S
+        return time.monotonic() - self._began > self._first_s + self._silence_s + LOOK_S
 
     @property
     def is_certain(self) -> bool:
@@ -94,6 +110,7 @@ class Observer:
         return sorted(failures, key=lambda failure: failure.time)
 
     def _look(self) -> None:
+        self._stop.wait(self._first_s)
         while not self._stop.is_set():
             self._failures = read_failures(self._folder, self._launch)
             beats = read_heartbeats(self._folder, self._launch)
@@ -102,7 +119,7 @@ class Observer:
                 if rank not in self._beats or self._beats[rank].beat != beat.beat:
                     self._changed[rank] = now
             self._beats = beats
-            self._stop.wait(_LOOK_S)
+            self._stop.wait(self._look_s)
 
 
 def describe_failure(failure: Failure) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from m2mkd_ds.distributed.watch.activity import Snapshot, snapshot
 from m2mkd_ds.distributed.watch.records import beat_of, heartbeat_file, stack_file, write_record
-from m2mkd_ds.distributed.watch.suspects import SILENT_BEATS, Observer
+from m2mkd_ds.distributed.watch.suspects import SILENT_BEATS, Observer, shared_look_s
 
 HANG_CODE = 76
 """Exit code of a rank that its watchdog ended."""
@@ -103,7 +103,8 @@ class Watchdog:
             is_suspicious = (limit_s > 0 and idle_s > margin_s) or self._watched.stop_asked()
             if is_suspicious and observer is None:
                 watched = self._watched
-                observer = Observer(watched.folder, watched.launch, watched.rank, watched.size, watched.heartbeat_s)
+                look_s = shared_look_s(watched.size)
+                observer = Observer(watched.folder, watched.launch, watched.rank, watched.size, watched.heartbeat_s, look_s)
             elif not is_suspicious and observer is not None:
                 observer.close()
                 observer = None

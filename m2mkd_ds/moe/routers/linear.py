@@ -7,6 +7,7 @@ Shape letters: T tokens, D width, E experts, K choices a token.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -20,7 +21,7 @@ from m2mkd_ds.moe.routers.capacity import apply_capacity, expert_capacity
 from m2mkd_ds.moe.routing import Routing, count_load, routing_stats
 
 
-class LinearRouter(nn.Module):
+class LinearRouter(nn.Module, ABC):
     """`weight` [E, D], `bias` [E] if configured, and the buffer `balance_bias` [E] with balance_rate > 0.
 
     T is the number of tokens of this forward pass on this rank: wherever a capacity bounds the experts, what is decided for an
@@ -67,9 +68,9 @@ class LinearRouter(nn.Module):
         with _without_autocast(x_TD.device):
             return self.route(logits_TE)
 
+    @abstractmethod
     def route(self, logits_TE: Tensor) -> Routing:
         """The router's rule."""
-        raise NotImplementedError
 
     @property
     def capacity_factor(self) -> float:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from m2mkd_ds.checkpoint.atomic import StoreError, read_json, write_json_atomic
 from m2mkd_ds.distributed.watch.processes import seen
 from m2mkd_ds.distributed.watch.records import Failure, Heartbeat, read_failures, read_heartbeats, remove_records
 from m2mkd_ds.distributed.watch.suspects import Observer
+from m2mkd_ds.logs import logger
 
 FILE_NAME = "outcome.json"
 
@@ -126,6 +127,17 @@ class JobRecords:
         if outcome.state == "running":
             return Ending("running", name, outcome.step, _without_a_word(name, list(read_heartbeats(folder, launch).values())), 1)
         return Ending(outcome.state, name, outcome.step, outcome.cause, outcome.exit_code)
+
+    def correct_cause(self, why: str) -> None:
+        """Of a job that was stopped through its launcher: its ranks got SIGTERM or lost their connection, whatever was asked of it."""
+        file = self._root / self._unfinished() / FILE_NAME
+        outcome = read_outcome(file.parent)
+        if outcome is None or outcome.state != "stopped":
+            return
+        try:
+            write_json_atomic(file, asdict(replace(outcome, cause=why)))
+        except StoreError as err:  # no reason to hide that everything is saved
+            logger.warning("%s keeps another reason of the stop (%s)", file, err)
 
     def _unfinished(self) -> str:
         outcomes = {name: read_outcome(self._root / name) for name in self._names}

@@ -5,6 +5,8 @@
 The first signal asks for a save at the next step boundary and exit code STOP_CODE. The same signal again, later, ends the process at once.
 Signals reach a thread through a pipe that C code writes to: the main thread may stand in a collective for minutes, where Python's own
 handlers do not run.
+
+It is told to the user once, with the reason that any process knew first hand: by the pipeline, else by rank 0 (`tells_of_stop`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +24,15 @@ from types import FrameType
 
 from m2mkd_ds.distributed.watch.processes import Process, parent_of, seen
 from m2mkd_ds.distributed.watch.watchdog import say
+from m2mkd_ds.distributed.world import gather_object
 
 STOP_CODE = 75
 """Exit code of a run that was stopped on request: EX_TEMPFAIL of sysexits.h, the same command goes on."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+UNDER_PIPELINE = "M2MKD_UNDER_PIPELINE"
+"""Variable that the pipeline sets for all ranks that it starts, on every host."""
 
 SAME_REQUEST_S = 2.0
 """A signal that comes again so soon is the same request by another way: to the process group, and from the launcher."""
@@ -37,6 +43,9 @@ _LAUNCHER = "deepspeed.launcher.launch"
 
 class StopRequested(Exception):  # noqa: N818  # no error: what was asked for
     """The run was stopped on request, with everything saved; the same command goes on."""
+
+    is_told = False
+    """Whether another process tells it to the user."""
 
     def __init__(self, phase: str, step: int, why: str) -> None:
         super().__init__(f"stopped on request in {phase} at step {step} ({why}); the same command goes on")
@@ -58,6 +67,26 @@ class StopFlag:
     def ask(self, why: str) -> None:
         """The first reason stays."""
         self.why = self.why or why
+
+
+def stop_requested(phase: str, step: int, flag: StopFlag) -> StopRequested:
+    """What all ranks raise together, with one reason, when any was asked to stop. Collective."""
+    return StopRequested(phase, step, reason_of(gather_object(flag.why, "why to stop")))
+
+
+def reason_of(reasons: Sequence[str]) -> str:
+    """The reason of all ranks, from what each of them knows, in rank order and mostly the same: that of the first one that knows any."""
+    rank, why = next(((rank, why) for rank, why in enumerate(reasons) if why), (0, "asked of another rank"))
+    return f"rank {rank}: {why}" if rank else why
+
+
+def tells_of_stop(rank: int, chain: Sequence[Process], environ: Mapping[str, str]) -> bool:
+    """Whether this rank tells the user that the job was stopped: rank 0, unless a pipeline does, which alone knows what signal it got.
+
+    `chain`: the launcher's processes; where a pipeline among them has gone, rank 0 speaks for it.
+    """
+    is_orphan = any(_is_pipeline(process) and not process.is_alive for process in chain)
+    return rank == 0 and (UNDER_PIPELINE not in environ or is_orphan)
 
 
 def end_at_once(number: int) -> None:
@@ -153,6 +182,10 @@ def launcher_chain() -> list[Process]:
     if above is not None and above.pid != 1:
         chain.append(above)
         top = seen(parent_of(above.pid))
-        if top is not None and "m2mkd" in top.command and " pipeline " in f"{top.command} ":
+        if top is not None and _is_pipeline(top):
             chain.append(top)
     return chain
+
+
+def _is_pipeline(process: Process) -> bool:
+    return "m2mkd" in process.command and " pipeline " in f"{process.command} "

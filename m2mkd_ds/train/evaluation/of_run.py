@@ -9,6 +9,7 @@ student, baseline        after end_to_end; from scratch with as many steps
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +27,19 @@ from m2mkd_ds.models.meta import run_stages
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, count_parameters
 from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
-from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.ending.stopping import stop_requested
 from m2mkd_ds.train.evaluation.evaluate import EvaluationAbandoned, Output, Score, paired_interval
+from m2mkd_ds.train.loop import NonFiniteLossError
 from m2mkd_ds.train.nodes import Node, read_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 from m2mkd_ds.train.phases.jobs import run_evaluation, scored
 from m2mkd_ds.train.steps import unpack
+
+_MADE_BY = {
+    "meta": "pretrain_meta", "teacher": "the teacher", "teacher_hybrid": "the teacher", "student_hybrid": "m2mkd", "student_cold": "m2mkd",
+    "student": "end_to_end", "baseline": "baseline",
+}  # fmt: skip
+"""Who trained a model, by its name without the number of a pair."""
 
 Hidden = dict[int, Tensor]
 """h_i by pair; h_0 is the image."""
@@ -56,14 +64,15 @@ def evaluate_run(ctx: RunContext, node: Node, print_: str) -> None:
 
 
 def score_run(ctx: RunContext) -> tuple[dict[str, Score], dict[str, Any]]:
-    """Scores of all models by name, and the content of results.json; writes nothing. Raises StopRequested when it is to stop."""
+    """Scores of all models by name, and the content of results.json; writes nothing. Raises, on every rank, StopRequested when it is
+    to stop, NonFiniteLossError for a model whose scores are no numbers."""
     _check_equal_steps(ctx)
     models, sizes = build_models(ctx)
     meta = load_meta(ctx, set(range(len(ctx.pairs))), torch.float32)
     try:
         scores = run_evaluation(ctx, lambda images: meta.hidden_states(images, ctx.pairs), models(meta), torch.float32)
     except EvaluationAbandoned:
-        raise StopRequested("evaluate", 0, ctx.stop.why or "asked of another rank") from None
+        raise stop_requested("evaluate", 0, ctx.stop) from None
     return scores, summarise_scores(scores, sizes, seed=ctx.config.seed, world_size=ctx.world.size)
 
 
@@ -147,7 +156,8 @@ def _sizes(ctx: RunContext, teacher: list[nn.Module], students: dict[str, nn.Mod
 
 
 def summarise_scores(scores: dict[str, Score], sizes: dict[str, tuple[int, int]], *, seed: int, world_size: int) -> dict[str, Any]:
-    """The content of results.json."""
+    """The content of results.json. Raises NonFiniteLossError for a score that is no number."""
+    _check_finite(scores)
     taught = scores["teacher"].predictions_N
     models = {}
     for name, score in scores.items():
@@ -167,6 +177,22 @@ def summarise_scores(scores: dict[str, Score], sizes: dict[str, tuple[int, int]]
     if "baseline" in scores:
         results["student_minus_baseline"] = compare(scores["student"], scores["baseline"])
     return results
+
+
+def _check_finite(scores: dict[str, Score]) -> None:
+    """Here, where all ranks have the same sums and raise together: the file would refuse such numbers on rank 0, and the others wait."""
+    wrong: dict[str, str] = {}
+    for name, score in scores.items():
+        sums = {"loss": [score.loss_sum], "routing entropy": score.entropy_sum.values(), "drop rate": score.drop_sum.values()}
+        found = [f"a {what} of {value}" for what, values in sums.items() for value in values if not math.isfinite(value)]
+        if found:
+            wrong[name] = found[0]
+    if wrong:
+        nodes = dict.fromkeys(_MADE_BY[name.rstrip("_0123456789")] for name in wrong)
+        raise NonFiniteLossError(
+            f"evaluate: {', '.join(f'{name} has {what}' for name, what in wrong.items())} on the validation images; results.json takes "
+            f"finite numbers only, and nothing was written: train {' and '.join(nodes)} again with a lower lr or with clip_grad"
+        )
 
 
 def compare(first: Score, second: Score) -> dict[str, Any]:

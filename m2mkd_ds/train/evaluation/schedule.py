@@ -6,10 +6,12 @@ evaluation of the step that it goes on from, and makes up for it before it train
 
 from __future__ import annotations
 
+from typing import Any
+
 from m2mkd_ds.distributed.watch.activity import section
 from m2mkd_ds.distributed.world import broadcast_object
 from m2mkd_ds.logs import logger, read_metrics
-from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.ending.stopping import stop_requested
 from m2mkd_ds.train.evaluation.evaluate import EvaluationAbandoned
 from m2mkd_ds.train.job import Job, Trainee
 
@@ -48,15 +50,19 @@ def _is_evaluated(trainee: Trainee) -> bool:
 
 
 def catch_up(job: Job, owed: list[Trainee]) -> dict[str, float]:
-    """Evaluate these -> top-1 by name; their lines in the metrics hold nothing else. Collective.
+    """Evaluate these -> top-1 by name. What they score goes into the line of their step, as if it had not been left out; where the step
+    has none, into one that holds nothing else. Collective.
 
     Raises StopRequested when the run is stopped again.
     """
     if not evaluate_at_step(job, owed):
-        raise StopRequested(job.phase_name, min(t.step for t in job.trainees), job.stop.why or "asked of another rank")
+        raise stop_requested(job.phase_name, min(t.step for t in job.trainees), job.stop)
     top1 = {}
     for trainee in owed:
-        write_metrics(job, trainee, trainee.step)
+        if trainee.metrics is not None:
+            record = _record(job, trainee, trainee.step)
+            trainee.metrics.amend(record)
+            _track(trainee, record)
         top1[trainee.name] = trainee.pending["eval/top1"]
         trainee.pending = {}
     return top1
@@ -65,7 +71,16 @@ def catch_up(job: Job, owed: list[Trainee]) -> dict[str, float]:
 def write_metrics(job: Job, trainee: Trainee, done: int) -> None:
     """The pending metrics of a trainee as those of step `done`; only rank 0 has a writer."""
     if trainee.metrics is not None and trainee.pending:
-        record = {"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending}
+        record = _record(job, trainee, done)
         trainee.metrics.write(record)
-        if trainee.trackers is not None:
-            trainee.trackers.log(record)
+        _track(trainee, record)
+
+
+def _record(job: Job, trainee: Trainee, done: int) -> dict[str, Any]:
+    return {"step": done, "epoch": done * job.global_batch_size / job.num_images, **trainee.pending}
+
+
+def _track(trainee: Trainee, record: dict[str, Any]) -> None:
+    """Trackers take a step once: those that have had its line get no late evaluation."""
+    if trainee.trackers is not None:
+        trainee.trackers.log(record)

@@ -21,7 +21,7 @@ from pathlib import Path
 from m2mkd_ds.config import ConfigError, LaunchConfig
 from m2mkd_ds.logs import logger
 from m2mkd_ds.train.ending.outcome import JobRecords
-from m2mkd_ds.train.ending.stopping import STOP_CODE, StopFlag, StopRequested, end_at_once, listening
+from m2mkd_ds.train.ending.stopping import STOP_CODE, UNDER_PIPELINE, StopFlag, StopRequested, end_at_once, listening
 from m2mkd_ds.train.launching.connections import MARK, cut_connections
 from m2mkd_ds.train.launching.hostfile import with_meeting_point
 from m2mkd_ds.train.launching.launch_env import KEEPALIVE, ignored_env_files, sent_environment, write_env_file
@@ -116,7 +116,7 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
     (SIGTERM, SIGINT, SIGUSR1) is handed on to the whole job, which may save for at most `patience_s`; the same signal again kills the job.
     The launcher runs in its own process group, because it leaves its ranks running when it alone is killed.
     """
-    environment = launch_environment(launch, os.environ)
+    environment = {**launch_environment(launch, os.environ), UNDER_PIPELINE: "1"}
     mark = secrets.token_hex(8)
     if launch.hostfile:
         command = launch_command(with_meeting_point(launch, str(run_dir)), verb)
@@ -157,6 +157,8 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
         raise LaunchError(ending.text, ending.code)
     # Stopped before there was a job, a rank leaves no record, but its code.
     if ending.state == "stopped" or stop() or (ending.state == "running" and code == STOP_CODE):
+        if stop():
+            records.correct_cause(stop.why)
         raise StopRequested(ending.phase, ending.step, stop.why or ending.text)
     if code != 0 or ending.state == "running":
         # 0 is what the launcher returns, too, when it finds its own child killed.
