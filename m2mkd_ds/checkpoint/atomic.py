@@ -58,6 +58,16 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def check_new_file(out: Path, suffix: str) -> None:
+    """Raises StoreError unless `out` ends in `suffix`, its folder is there, and nothing has its name: known before the work for it."""
+    if out.suffix != suffix:
+        raise StoreError(f"{out}: the file to write must end in {suffix}")
+    if not out.parent.is_dir():
+        raise StoreError(f"{out}: there is no folder {out.parent}; make it, or name a file elsewhere")
+    if out.exists():
+        raise StoreError(f"{out}: exists already; nothing is written over: name another file")
+
+
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """Give an empty temporary file beside `out`; on success it is forced to disk and renamed to `out`, else removed."""
