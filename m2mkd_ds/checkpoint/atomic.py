@@ -39,14 +39,14 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
         temp.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises StoreError when it is missing or damaged."""
+def read_json(path: str | Path, *, if_damaged: str = "") -> Any:
+    """Read a JSON file. Raises StoreError when it is missing or damaged; only the caller knows what is to be done then: `if_damaged`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as err:
         raise StoreError(f"{path}: cannot be read ({err.strerror})") from err
     except ValueError as err:
-        raise StoreError(f"{path}: damaged, not JSON ({err}); delete it or restore it from a copy") from err
+        raise StoreError(f"{path}: damaged, not JSON ({err}){if_damaged and f'; {if_damaged}'}") from err
 
 
 def fsync_path(path: Path) -> None:
@@ -56,6 +56,16 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_new_file(out: Path, suffix: str) -> None:
+    """Raises StoreError unless `out` ends in `suffix`, its folder is there, and nothing has its name: known before the work for it."""
+    if out.suffix != suffix:
+        raise StoreError(f"{out}: the file to write must end in {suffix}")
+    if not out.parent.is_dir():
+        raise StoreError(f"{out}: there is no folder {out.parent}; make it, or name a file elsewhere")
+    if out.exists():
+        raise StoreError(f"{out}: exists already; nothing is written over: name another file")
 
 
 @contextmanager

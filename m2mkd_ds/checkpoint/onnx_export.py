@@ -3,7 +3,7 @@
     images [batch, 3, S, S] fp32, normalised  ->  logits [batch, V] fp32         metadata: m2mkd_ds.preprocessing, m2mkd_ds.labels
 
 Models above 2 GB, which one protobuf cannot hold, get a second file beside the first, OUT.onnx.data. The file is written beside its
-place, compared with torch by onnxruntime if asked, and renamed.
+place, compared with torch by onnxruntime if asked, and renamed; nothing is written over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from m2mkd_ds import __version__
-from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path
+from m2mkd_ds.checkpoint.atomic import StoreError, check_new_file, fsync_path
 from m2mkd_ds.config import DataConfig
 
 OPSETS = (18, 23)
@@ -59,11 +59,14 @@ def export_onnx(
     opset: int = 20,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `module` (images -> logits, evaluation mode, on the CPU) to `out` and return it.
+    """Write `module` (images -> logits, evaluation mode, on the CPU) to `out`, a new file NAME.onnx, and return it.
 
     `batch`: that many images and no others; None: any number. `check` gets the finished file before it takes its place, and may raise.
-    Raises ImportError without onnx and onnxscript, ValueError for an opset that there is not, StoreError when the disk is full.
+    Raises ImportError without onnx and onnxscript, ValueError for an opset that there is not, StoreError for a name that
+    `check_new_onnx` refuses and when the disk is full.
     """
+    out = Path(out)
+    check_new_onnx(out)
     _need_onnx()
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise ValueError(f"--opset is {opset}; allowed is {OPSETS[0]} to {OPSETS[1]}")
@@ -72,10 +75,9 @@ def export_onnx(
     program = _program(module, image_size, batch, opset)
     program.model.metadata_props.update(metadata)
     program.model.producer_name, program.model.producer_version = "m2mkd_ds", __version__
-    out = Path(out)
     temp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temp.mkdir(parents=True)
+        temp.mkdir()
         program.save(temp / out.name)
         if check is not None:
             check(temp / out.name)
@@ -89,6 +91,12 @@ def export_onnx(
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return out
+
+
+def check_new_onnx(out: Path) -> None:
+    """Raises StoreError unless `out` can be a new file NAME.onnx; its weights beside it, which large models have, count as well."""
+    check_new_file(out, ".onnx")
+    check_new_file(out.with_name(f"{out.name}.data"), ".data")
 
 
 def run_onnx(file: Path, images_BCHW: Tensor) -> Tensor:

@@ -108,7 +108,11 @@ def _labels_on_top(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_timm_folder(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() and "architecture" in read_json(folder / CONFIG)
+    return (
+        (folder / CONFIG).is_file()
+        and (folder / WEIGHTS).is_file()
+        and "architecture" in read_json(folder / CONFIG, if_damaged=f"choose another folder, or delete {folder}")
+    )
 
 
 def _read_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -19,8 +19,8 @@ import tyro
 
 from m2mkd_ds import __version__
 
-from m2mkd_ds.cli import (  # noqa: F401  # isort: skip  (they register their verbs, which --help lists in this order)
-    run, shards, shards_check, results, export, timm_folders, onnx, checkpoints, few_shot, teacher, plan, probe, bench, bench_memory,
+from m2mkd_ds.cli import (  # noqa: F401  # isort: skip  (they register their verbs, which --help lists in the order of app.VERBS)
+    bench, bench_memory, checkpoints, export, few_shot, onnx, plan, probe, results, run, shards, shards_check, teacher, timm_folders,
 )  # fmt: skip
 from m2mkd_ds.cli.app import app, bench_app, out, shards_app
 from m2mkd_ds.config import ConfigError

@@ -14,7 +14,27 @@ from m2mkd_ds.logs import setup_logging
 if TYPE_CHECKING:
     from m2mkd_ds.distributed.world import World
 
+VERBS = (
+    "recipes", "shards", "pipeline", "train",
+    "eval", "few-shot", "report",
+    "inspect", "consolidate", "reshard", "import",
+    "export", "export-timm", "export-teacher", "onnx",
+    "teacher-server", "teacher-export",
+    "plan", "probe-batch", "doctor", "bench",
+)  # fmt: skip
+"""The order of `m2mkd --help`, in which a user meets them: data and training, results, checkpoints, what leaves the house, a teacher
+elsewhere, what it needs, measurements."""
+
+
+def _reserved() -> None:
+    raise AssertionError("a verb of VERBS that no file registers")
+
+
 app = SubcommandApp()
+for _name in VERBS:
+    # The parser lists verbs as they were first registered, and that would be the order of imports: a place is taken for each here, which
+    # its own registration then fills.
+    app.command(name=_name)(_reserved)
 shards_app = SubcommandApp()
 """The actions of `m2mkd shards`."""
 bench_app = SubcommandApp()

@@ -32,7 +32,7 @@ def onnx(
 
     Args:
         path: Run folder, exported Hugging Face folder, or a .safetensors file of a whole student in a run folder.
-        file: The .onnx file; above 2 GB the weights are FILE.data beside it.
+        file: The new file, NAME.onnx; above 2 GB the weights are FILE.data beside it. Nothing is written over.
         what: The student, or the teacher joined from RUN/split.
         experts: gather: each expert computes the tokens that chose it; needs a runtime with shapes that depend on data. dense: every
             expert computes all tokens, num_experts / top_k times the work, fixed shapes.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from m2mkd_ds.config import PhaseConfig, RunConfig
+from m2mkd_ds.logs import Progress
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.variants import VitArch
 from m2mkd_ds.models.vmoe import arch_from_config
@@ -26,6 +27,9 @@ from m2mkd_ds.planner.run_cluster import RunCluster
 from m2mkd_ds.planner.scenes import STUDENT_PHASES, SceneSettings, all_pairs, phase_config, vit_stages
 from m2mkd_ds.planner.wire import Wire, wire
 from m2mkd_ds.planner.work import Parameters, WorkOfImage, count, work_of_image
+
+EQUAL_SHARE = 0.05
+"""Predicted rates that differ by less are as good as equal: they rest on an assumed MFU, assumed bandwidths, and full overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +136,12 @@ class PlanOptions:
 
 def plan_run(config: RunConfig, cluster: RunCluster, options: PlanOptions) -> RunPlan:
     """The plan. Raises ValueError for architectures whose FLOPs are not known."""
-    plans = tuple(_PhasePlanner(config, cluster, options, name).plan() for name in options.phases)
-    return RunPlan(name=config.name, cluster=cluster, images=options.images, phases=plans)
+    plans: list[PhasePlan] = []
+    with Progress(len(options.phases), "plan") as bar:  # the phases of a large model take ten seconds each
+        for name in options.phases:
+            plans.append(_PhasePlanner(config, cluster, options, name).plan())
+            bar.advance(note=name)
+    return RunPlan(name=config.name, cluster=cluster, images=options.images, phases=tuple(plans))
 
 
 class _PhasePlanner:
@@ -164,7 +172,7 @@ class _PhasePlanner:
     def plan(self) -> PhasePlan:
         refused = why_refused(self.config, self.name, self.layout)
         settings = tuple(self._settings())
-        chosen, why = recommend(settings, self.cluster, ep_asked=self.layout.ep_size)
+        chosen, why = recommend(settings, self.cluster, ep_asked=self.layout.ep_size, micro_batch_asked=self.phase.micro_batch_size)
         steps = self._steps()
         sent = None if refused else self._wire(self.layout)
         speed = None if sent is None else self._speed(self.layout, sent)
@@ -248,32 +256,43 @@ def _num_steps(phase: PhaseConfig, images: int, ranks: int) -> int:
     return min(steps, phase.max_steps) if phase.max_steps else steps
 
 
-def recommend(settings: Sequence[Setting], cluster: RunCluster, *, ep_asked: int) -> tuple[Setting | None, str]:
-    """The setting to take, and why: of those that fit and keep the global batch, the fastest one; among equals whole experts, then the
-    lowest stage of ZeRO, then the largest micro-batch."""
+def recommend(settings: Sequence[Setting], cluster: RunCluster, *, ep_asked: int, micro_batch_asked: int) -> tuple[Setting | None, str]:
+    """The setting to take, and why: of those that fit, keep the global batch and are predicted within EQUAL_SHARE of the fastest, the
+    simplest: whole experts, then the lowest stage of ZeRO, then the micro-batch as configured, else the largest one."""
     fitting = [one for one in settings if one.fits and one.accumulation is not None and one.speed is not None]
     if not fitting:
-        closest = min((one for one in settings if one.over_bytes is not None), key=lambda one: one.over_bytes or 0.0, default=None)
-        if closest is None:
-            return None, "every setting is refused"
-        if closest.fits:
-            return None, "no micro-batch that fits divides the global batch; change gradient_accumulation_steps"
-        return None, f"nothing fits: the smallest need is {(closest.over_bytes or 0) / 1e9:.1f} GB above what a rank has; use more ranks"
+        return None, _why_none(settings)
 
-    def speed(one: Setting) -> float:
-        assert one.speed is not None
-        return one.speed.images_per_s
+    def effort(one: Setting) -> tuple[int, str, bool, int]:
+        """`ds_config`: the names of the table rise with the stage."""
+        return one.ep_size, one.ds_config, one.micro_batch_size != micro_batch_asked, -one.micro_batch_size
 
-    fastest = max(map(speed, fitting))
-    equals = [one for one in fitting if speed(one) >= 0.99 * fastest]
-    best = min(equals, key=lambda one: (one.ep_size, one.ds_config, -one.micro_batch_size))
+    fastest = min(fitting, key=lambda one: (-_rate(one), effort(one)))
+    best = min((one for one in fitting if _rate(one) >= (1 - EQUAL_SHARE) * _rate(fastest)), key=effort)
     assert best.speed is not None
     reasons = [f"{best.speed.limit} is its limit"]
     if best.ep_size > 1:
-        reasons.append("whole experts would not fit or be slower")
+        reasons.append(f"whole experts do not fit, or are more than {100 * EQUAL_SHARE:g} % slower")
     elif ep_asked > 1:
         reasons.append("whole experts fit, and nothing has to be exchanged")
     if best.ds_config != settings[0].ds_config:
-        reasons.append(f"{settings[0].ds_config} does not fit, or is slower")
+        reasons.append(f"{settings[0].ds_config} does not fit, or is more than {100 * EQUAL_SHARE:g} % slower")
+    gain = _rate(fastest) / _rate(best) - 1
+    if gain >= 0.001:
+        reasons.append(f"{fastest.ds_config} with ep_size {fastest.ep_size} would gain {100 * gain:.1f} %, too little to change it for")
     room = -(best.over_bytes or 0.0) / 1e9
     return best, "; ".join([*reasons, f"{room:.1f} GB of {cluster.usable_bytes / 1e9:.1f} stay free"])
+
+
+def _rate(one: Setting) -> float:
+    assert one.speed is not None
+    return one.speed.images_per_s
+
+
+def _why_none(settings: Sequence[Setting]) -> str:
+    closest = min((one for one in settings if one.over_bytes is not None), key=lambda one: one.over_bytes or 0.0, default=None)
+    if closest is None:
+        return "every setting is refused"
+    if closest.fits:
+        return "no micro-batch that fits divides the global batch; change gradient_accumulation_steps"
+    return f"nothing fits: the smallest need is {(closest.over_bytes or 0) / 1e9:.1f} GB above what a rank has; use more ranks"

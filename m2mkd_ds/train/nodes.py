@@ -206,9 +206,9 @@ def output_hashes(root: Path, name: str) -> dict[str, str]:
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """The done record of a finished node (or pair), else None."""
+    """The done record of a finished node (or pair), else None. Raises StoreError for a damaged one."""
     file = folder / "done.json"
-    return read_json(file) if file.is_file() else None
+    return read_json(file, if_damaged="delete it, and the node runs again") if file.is_file() else None
 
 
 def is_done(folder: Path, node: Node, config: RunConfig, print_: str, ranks: int) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -16,13 +17,16 @@ from m2mkd_ds.train import local_nodes
 from m2mkd_ds.train.context import RunContext, open_run
 from m2mkd_ds.train.ending.outcome import JobRecords
 from m2mkd_ds.train.launching.hostfile import with_meeting_point
-from m2mkd_ds.train.launching.launch import LaunchError, launch_command, run_launched, spell
+from m2mkd_ds.train.launching.launch import LaunchError, launch_command, run_launched, spell_in_lines
 from m2mkd_ds.train.nodes import Node, NodeState, build_dag, node_state, reads_teacher_file, teacher_file
 from m2mkd_ds.train.preflight import as_launched, check_settings
 from m2mkd_ds.train.run_phase import RUNNABLE
 
 PATIENCE_S = 1800.0
 """Where a limit of the watch is off: how long a job may take to save that was asked to stop."""
+
+WIDTH = 120
+"""Columns of what `--dry-run` prints."""
 
 LocalRunner = Callable[[RunContext], None]
 
@@ -110,14 +114,15 @@ def describe_plan(ctx: RunContext, planned: list[Planned]) -> str:
     lines = []
     for item in planned:
         inputs = f" <- {', '.join(item.node.inputs)}" if item.node.inputs else ""
-        lines.append(f"{item.action:5} {item.node.name}{inputs}: {item.state.reason}")
+        told = f"{item.action:5} {item.node.name}{inputs}: {item.state.reason}"
+        lines.append(fill(told, WIDTH, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False))
     config_file = (ctx.root / "config.yaml").resolve()
     commands = []
     for nodes in group([item.node for item in planned if item.action == "run"], one_job=ctx.config.launch.one_job):
         if any(node.launched for node in nodes):
             names = [node.name for node in nodes]
             launch = with_meeting_point(ctx.config.launch, str(ctx.root.resolve()))
-            commands.append(spell(launch_command(launch, train_verb(names, config_file))))
+            commands.append(spell_in_lines(launch_command(launch, train_verb(names, config_file)), WIDTH))
         else:
             commands.append(f"(in this process) {nodes[0].name}")
     return "\n".join([*lines, *(["", "commands:", *commands] if commands else [])])

@@ -23,7 +23,7 @@ from m2mkd_ds.config import PHASES, ConfigError, RunConfig, dump
 from m2mkd_ds.distill.pairs import parse_pairs
 from m2mkd_ds.logs import logger
 from m2mkd_ds.train.batch import layout_of_images
-from m2mkd_ds.train.probe_work import owner_of
+from m2mkd_ds.train.probe_work import PAIR_PHASES, owner_of
 
 POLL_S = 0.02
 TRY_TIMEOUT_S = 1800.0
@@ -60,10 +60,13 @@ def probe_batch(config: RunConfig, name: str, *, memory_bytes: int | None, headr
     """Probe phase `name` on this machine.
 
     `memory_bytes`: what one rank may use; None: what is free now (of the GPU, else of the host). `headroom`: share of it that stays free.
-    Raises ConfigError for a phase that there is not, ValueError for a pair, RuntimeError with the child's words when a step fails.
+    Raises ConfigError for a phase that there is not and for pairs of one without, ValueError for a pair that there is not, RuntimeError
+    with the child's words when a step fails.
     """
     if name not in PHASES:
         raise ConfigError(f"--phase {name}: only training has batches; allowed are {', '.join(PHASES)}")
+    if pairs != "all" and name not in PAIR_PHASES:
+        raise ConfigError(f"--pair {pairs}: {name} has no pairs; leave it out, or probe {' or '.join(PAIR_PHASES)}")
     if not 0.0 <= headroom < 1.0:
         raise ConfigError(f"--headroom is {headroom}; it is the share of the memory that stays free, from 0 to less than 1")
     unit = _unit(config)

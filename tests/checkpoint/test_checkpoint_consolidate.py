@@ -74,6 +74,8 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "step-00000007", make_state(), ep_size=1, data_size=1)
     with pytest.raises(StoreError, match="must end in .safetensors"):
         consolidate(folder, tmp_path / "out.pt")
+    with pytest.raises(StoreError, match="there is no folder .*nowhere; make it"):
+        consolidate(folder, tmp_path / "nowhere" / "out.safetensors")
     (tmp_path / "there.safetensors").write_text("mine")
     with pytest.raises(StoreError, match="there.safetensors: exists already"):
         consolidate(folder, tmp_path / "there.safetensors")

@@ -59,6 +59,8 @@ def child(code: str, hub_url: str, home: Path, *arguments: str, isolated: bool =
         [sys.executable, *flags, "-c", code, *arguments], env=env, cwd=home.parent, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    if code == PUSH:  # stderr is no terminal here: no bar of the hub's library, no cursor movements, no blanked lines
+        assert not any(mark in done.stderr for mark in ("%|", "\x1b", "   ")), done.stderr
     return done.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m2mkd_ds.checkpoint.atomic import StoreError
 from m2mkd_ds.checkpoint.onnx_export import compare_onnx, export_onnx, run_onnx
 from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.config import ROUTER_PRESETS, RouterConfig, RunConfig, dump
@@ -203,9 +205,8 @@ def test_a_runs_teacher_becomes_a_file_too(digits_run: RunConfig, m2mkd: Run) ->
     assert compare_onnx(Path("teacher.onnx"), images(5), teacher(images(5))) < 1e-5
 
 
-def test_a_file_that_fails_its_check_does_not_replace_the_old_one(tmp_path: Path) -> None:
+def test_a_file_that_fails_its_check_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    out.write_bytes(b"the old one")
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
 
     def refuse(file: Path) -> None:
@@ -214,7 +215,27 @@ def test_a_file_that_fails_its_check_does_not_replace_the_old_one(tmp_path: Path
 
     with pytest.raises(ValueError, match="not good enough"):
         export_onnx(module, out, image_size=2, metadata={}, check=refuse)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"] and out.read_bytes() == b"the old one"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("there.onnx", "there.onnx: exists already; nothing is written over: name another file"),
+        ("large.onnx", "large.onnx.data: exists already; nothing is written over: name another file"),
+        ("nowhere/new.onnx", "nowhere/new.onnx: there is no folder nowhere; make it, or name a file elsewhere"),
+        ("new.pb", "new.pb: the file to write must end in .onnx"),
+    ],
+)
+def test_the_name_of_the_file_is_refused_before_the_model_is_read(m2mkd: Run, file: str, told: str, what: str) -> None:  # noqa: F811
+    Path("there.onnx").write_bytes(b"the old one")
+    Path("large.onnx.data").write_bytes(b"the old weights")
+    ended = m2mkd("onnx", "no-model-here", file, "--what", what)  # which is an error, too, but comes behind
+    assert (ended.code, ended.out, ended.err) == (2, "", f"m2mkd: {told}\n")
+    assert {p.name: p.read_bytes() for p in Path().iterdir()} == {"there.onnx": b"the old one", "large.onnx.data": b"the old weights"}
+    with pytest.raises(StoreError, match=re.escape(told)):
+        export_onnx(torch.nn.Flatten(), Path(file), image_size=2, metadata={})
 
 
 @pytest.mark.parametrize(("words", "message"), [(("--opset", "9"), "is 9; allowed is 18 to 23"), (("--batch", "0"), "--batch is 0")])

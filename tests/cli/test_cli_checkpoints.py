@@ -50,6 +50,18 @@ def test_consolidate_names_its_files(m2mkd: Run, root: Path) -> None:
     assert wrong.code == 2 and "max-shard-size is big; allowed is a number with a unit" in wrong.err
 
 
+@pytest.mark.parametrize("damage", ["", '{"format": 1}', '{"form'])
+def test_a_damaged_manifest_is_told_with_what_helps(m2mkd: Run, root: Path, damage: str) -> None:
+    folder = root / "checkpoints" / "step-00000007"
+    (folder / "manifest.json").write_text(damage)
+    helps = "take an earlier checkpoint, or name the phase's folder for its newest good one"
+    for words in (["consolidate", str(folder), "w.safetensors"], ["reshard", str(folder), "step-00000008", "--ep", "2", "--dp", "1"]):
+        ended = m2mkd(*words)
+        assert ended.code == 2 and "manifest.json: damaged" in ended.err and ended.err.endswith(f"; {helps}\n"), ended.err
+        assert "delete" not in ended.err and "restore" not in ended.err
+    assert m2mkd("consolidate", str(root), "w.safetensors").out.startswith("step 6 of")  # it does help
+
+
 def test_inspect_tells_what_a_checkpoint_holds(m2mkd: Run, root: Path) -> None:
     folder = root / "checkpoints" / "step-00000007"
     tree = json.loads(m2mkd("inspect", str(folder), "--json").out)

@@ -15,6 +15,7 @@ def test_a_plan_is_printed_and_drawn_and_needs_no_data(m2mkd: Run, tmp_path: Pat
     ended = m2mkd(*words, "--plot", "plan.svg")
     assert ended.code == 0 and "tiny on 1 x 2 GPUs of 80 GB" in ended.out and "ds_config=zero1" in ended.out
     assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
+    assert ended.err.count("\n") == 1 and "plan: pretrain_meta on 2 ranks; every phase runs on shapes" in ended.err
     tree = json.loads(m2mkd(*words, "--json").out)
     (phase,) = tree["phases"]
     # 8 epochs of 1437 images in batches of 16 x 2.

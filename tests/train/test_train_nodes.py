@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from m2mkd_ds.checkpoint.atomic import StoreError
 from m2mkd_ds.config import ConfigError, RunConfig, apply_overrides
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.recipes import get_recipe
@@ -297,6 +298,12 @@ def test_inputs_that_are_not_finished_are_named_with_the_command_that_makes_them
     with pytest.raises(ConfigError, match=r"split holds no finished output; run it first: m2mkd pipeline --config .*config.yaml"):
         output_hashes(tmp_path, "split")
     assert read_done(tmp_path / "split") is None
+
+
+def test_a_damaged_done_record_is_told_with_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "done.json").write_text('{"fingerprint": ')
+    with pytest.raises(StoreError, match=r"done\.json: damaged, not JSON \(.*\); delete it, and the node runs again$"):
+        read_done(tmp_path)
 
 
 def test_only_rounding_of_what_a_teacher_elsewhere_gives_is_part_of_a_node(tmp_path: Path, digits_shards: Path) -> None:

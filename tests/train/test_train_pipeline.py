@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from m2mkd_ds.config import ConfigError, LaunchConfig, RunConfig, load
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.train.context import RunContext, open_run
-from m2mkd_ds.train.launching.launch import LaunchError, launch_command, launch_environment, spell, with_own_port
+from m2mkd_ds.train.launching.launch import LaunchError, launch_command, launch_environment, spell, spell_in_lines, with_own_port
 from m2mkd_ds.train.nodes import Node, build_dag
 from m2mkd_ds.train.pipeline import LocalRunner, describe_plan, group, plan_run, run_pipeline, write_config
 from tests.train.finished_run import finish, finish_all, tiny_config
@@ -115,7 +116,38 @@ def test_the_plan_is_told_in_words_and_commands(tmp_path: Path, digits_shards: P
     # left out by --until: its input runs first, so it is not complete any more
     assert lines[6] == "leave end_to_end <- assemble: its input assemble runs first"
     command = f"deepspeed --quiet --num_gpus 2 --module m2mkd_ds train --config {tmp_path}/config.yaml --phase m2mkd"
-    assert lines[11:] == ["", "commands:", command, "(in this process) assemble"]
+    start = lines.index("commands:")
+    assert lines[start - 1] == "" and lines[-1] == "(in this process) assemble"
+    assert as_shell_reads("\n".join(lines[start + 1 : -1])) == command.split()  # it may be in two lines, as the folder's name is long
+
+
+def as_shell_reads(command: str) -> list[str]:
+    """The words of a command."""
+    asked = ["sh", "-c", command.replace("deepspeed", "printf '%s\\n' deepspeed", 1)]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+
+
+def test_a_plan_has_at_most_120_columns(tmp_path: Path, digits_shards: Path) -> None:
+    finished(tmp_path, digits_shards)
+    ctx = opened(tiny_config(tmp_path, digits_shards, "m2mkd.lr=1e-4"))
+    rows = describe_plan(ctx, plan_run(ctx)).partition("\n\ncommands:\n")[0].splitlines()
+    # In one line the last node has 121 columns: eight inputs, and which of them runs first.
+    assert max(map(len, rows)) <= 120 and len(rows) == len(ALL) + 1
+    inputs = "pretrain_meta, split, m2mkd, assemble, end_to_end, baseline, evaluate, export"
+    assert rows[-1].startswith(" " * 10)
+    assert f"{rows[-2]} {rows[-1].strip()}" == f"run   report <- {inputs}: its input m2mkd runs first"
+
+
+def test_a_long_command_is_told_in_lines_that_a_shell_joins() -> None:
+    phases = "pretrain_meta,modular_train,assemble_finetune,split,m2mkd,assemble,end_to_end,baseline,evaluate"
+    command = launch_command(LaunchConfig(num_gpus=2), ["train", "--config", "/runs/tiny/config.yaml", "--phase", phases])
+    assert spell_in_lines(command, 120) == (
+        "deepspeed --quiet --num_gpus 2 --module m2mkd_ds train --config /runs/tiny/config.yaml \\\n"
+        f"    --phase {phases}"
+    )
+    for width in (40, 80, 120):  # at 40, words are longer than a line: none is lost or cut
+        assert as_shell_reads(spell_in_lines(command, width)) == spell(command).split()
+    assert "\n" not in spell_in_lines(command, 200)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, digits_shards: Path) -> None:

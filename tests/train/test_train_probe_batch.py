@@ -149,6 +149,12 @@ def test_config_errors_are_config_errors() -> None:
         probe_batch(get_recipe("tiny"), "evaluate", memory_bytes=None, headroom=0.1, most=8)
 
 
+@pytest.mark.parametrize("phase", ["pretrain_meta", "assemble_finetune", "end_to_end", "baseline"])
+def test_pairs_of_a_phase_without_pairs_are_refused(m2mkd: Run, phase: str) -> None:  # noqa: F811
+    ended = m2mkd("probe-batch", "--recipe", "tiny", "--phase", phase, "--pair", "0", "--most", "1")
+    assert (ended.code, ended.err) == (2, f"m2mkd: --pair 0: {phase} has no pairs; leave it out, or probe modular_train or m2mkd\n")
+
+
 @pytest.mark.parametrize("number", ["-1", "nan", "inf"])
 def test_memory_is_a_number_of_bytes(m2mkd: Run, number: str) -> None:  # noqa: F811
     ended = m2mkd("probe-batch", "--recipe", "tiny", "--phase", "m2mkd", "--memory-gb", number)

@@ -17,6 +17,9 @@ from m2mkd_ds.config import DataConfig
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.vmoe import StitchSpec, VMoEArch, parameter_shapes
 
+_AGAIN = "export it again"
+"""What helps against a damaged file."""
+
 
 class Exported(NamedTuple):
     """What `load_exported` finds in a folder."""
@@ -53,7 +56,7 @@ class Described(NamedTuple):
 
 def describe_export(folder: Path) -> Described:
     """Raises StoreError for a missing or changed file, ValueError for a folder of another model."""
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", if_damaged=_AGAIN)
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(
             f"{folder}: config.json is of model_type {config.get('model_type')!r}; expected {MODEL_TYPE!r}, an export of m2mkd_ds"
@@ -61,14 +64,14 @@ def describe_export(folder: Path) -> Described:
     verify_manifest(folder)
     arch, stitches = arch_from_config_json(config)
     index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    data = data_from_processor(read_json(folder / "preprocessor_config.json"), arch.num_classes)
+    shards = sorted(set(read_json(index, if_damaged=_AGAIN)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    data = data_from_processor(read_json(folder / "preprocessor_config.json", if_damaged=_AGAIN), arch.num_classes)
     return Described(arch, stitches, data, tuple(folder / shard for shard in shards))
 
 
 def class_names_of(folder: Path) -> list[str]:
     """Class names of an exported folder, in the order of the logits."""
-    labels: dict[str, str] = read_json(Path(folder) / "config.json")["id2label"]
+    labels: dict[str, str] = read_json(Path(folder) / "config.json", if_damaged=_AGAIN)["id2label"]
     return [labels[str(i)] for i in range(len(labels))]
 
 

@@ -23,7 +23,7 @@ def write_manifest(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """File name -> (bytes, SHA-256). Raises StoreError for a manifest that cannot be read or was not written by `write_manifest`."""
-    tree = read_json(folder / MANIFEST)
+    tree = read_json(folder / MANIFEST, if_damaged="export it again")
     try:
         return {name: (entry["bytes"], entry["sha256"]) for name, entry in tree["files"].items()}
     except (KeyError, TypeError, AttributeError) as err:

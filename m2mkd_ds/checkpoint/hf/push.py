@@ -8,6 +8,7 @@ The token is the hub's own: `hf auth login` or HF_TOKEN. It never stands on a co
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ def push(plan: PushPlan) -> str:
     if token is None:
         raise ValueError("there is no token of the Hugging Face hub on this machine; run `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=token)
-    with _one_sentence(plan, api.endpoint):
+    with _bars_on_a_terminal_only(), _one_sentence(plan, api.endpoint):
         stale = _prepare_repository(api, plan)
         adds = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=plan.folder / file.name) for file in plan.files]
         done = api.create_commit(
@@ -180,6 +181,21 @@ def _same(info: RepoFile, file: PushFile, folder: Path) -> bool:
         return info.lfs.sha256 == file.sha256
     data = (folder / file.name).read_bytes()
     return info.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@contextmanager
+def _bars_on_a_terminal_only() -> Iterator[None]:
+    """The hub's library draws its progress bars anywhere: in a log file their carriage returns and blanked lines are garbage."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from m2mkd_ds.checkpoint.atomic import StoreError, fsync_path, write_json_atomic
+from m2mkd_ds.checkpoint.atomic import StoreError, check_new_file, fsync_path, write_json_atomic
 from m2mkd_ds.checkpoint.saves.manifest import read_manifest
 from m2mkd_ds.checkpoint.state.canonical import SHARED, CanonicalCheckpoint
 from m2mkd_ds.checkpoint.state.find import find_checkpoint
@@ -49,10 +49,10 @@ def consolidate(source: Path, out: Path, *, what: What = "weights", max_shard_by
     """Write the checkpoint `source` (or the newest good one in it) to `out`, a new file `NAME.safetensors`.
 
     Where that would exceed `max_shard_bytes`: to NAME-00001-of-00003.safetensors, ... and NAME.safetensors.index.json. In memory
-    are a few pieces of 4 MiB. Raises StoreError when the source is damaged or has no average, or a file of that name exists.
+    are a few pieces of 4 MiB. Raises StoreError when the source is damaged or has no average, a file of that name exists, or its
+    folder does not.
     """
-    if out.suffix != ".safetensors":
-        raise StoreError(f"{out}: the file to write must end in .safetensors")
+    check_new_file(out, ".safetensors")
     folder, record = find_checkpoint(source)
     step = int(read_manifest(folder)["step"])
     checkpoint = CanonicalCheckpoint(folder)
@@ -61,7 +61,7 @@ def consolidate(source: Path, out: Path, *, what: What = "weights", max_shard_by
     shards = _cut(infos, max_shard_bytes)
     names = [out.name] if len(shards) == 1 else [f"{out.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     index = f"{out.name}.index.json"
-    for name in {*names, out.name, index}:
+    for name in {*names, index}:
         if (out.parent / name).exists():
             raise StoreError(f"{out.parent / name}: exists already; nothing is written over: name another file")
     metadata = json.dumps({"what": what, "step": str(step), "record": json.dumps(record, sort_keys=True)}, sort_keys=True)

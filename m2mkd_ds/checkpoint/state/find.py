@@ -21,7 +21,10 @@ def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     Raises StoreError when it is damaged, when there is none, and when a phase has several trained modules.
     """
     if is_checkpoint(path):
-        return path, verify_checkpoint(path)
+        try:
+            return path, verify_checkpoint(path)
+        except StoreError as err:
+            raise StoreError(f"{err}; take an earlier checkpoint, or name the phase's folder for its newest good one") from err
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = latest_checkpoint(root)
     if found is not None:

@@ -27,7 +27,7 @@ def card(ctx: RunContext, what: str, scored_as: str, weights_file: Path) -> dict
     """The card of model `what`, called `scored_as` in RUN/evaluate/results.json; its keys are those of `hf_card.write_card`."""
     source = ctx.train_index.source
     results_file = ctx.root / "evaluate" / "results.json"
-    results = read_json(results_file) if results_file.is_file() else {}
+    results = read_json(results_file, if_damaged=f"delete it and run `m2mkd eval {ctx.root}`") if results_file.is_file() else {}
     return {
         "name": f"V-MoE {what} of recipe {ctx.config.name}",
         **({"origin": _ORIGIN[what]} if what in _ORIGIN else {}),

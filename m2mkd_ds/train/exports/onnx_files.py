@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from m2mkd_ds.checkpoint.onnx_export import compare_onnx, export_onnx, onnx_metadata
+from m2mkd_ds.checkpoint.onnx_export import check_new_onnx, compare_onnx, export_onnx, onnx_metadata
 from m2mkd_ds.checkpoint.student_files import open_student
 from m2mkd_ds.config import RunConfig
 from m2mkd_ds.data.errors import SampleError, ShardError
@@ -41,7 +41,9 @@ class OnnxOptions:
 
 
 def student_onnx(path: Path, out: Path, options: OnnxOptions, *, experts: str = "gather") -> Path:
-    """The student at `path` (run, export, weights file). Raises ValueError for a router whose choice depends on the batch."""
+    """The student at `path` (run, export, weights file). Raises ValueError for a router whose choice depends on the batch, StoreError
+    for a file that is there already, ends not in .onnx or has no folder."""
+    check_new_onnx(out)
     student = open_student(path)
     model = student.build()
     names = class_names(student.run) if student.run is not None else student.class_names
@@ -53,7 +55,8 @@ def student_onnx(path: Path, out: Path, options: OnnxOptions, *, experts: str = 
 
 
 def teacher_onnx(run: Path, out: Path, options: OnnxOptions) -> Path:
-    """The whole teacher of a run, from its modules."""
+    """The whole teacher of a run, from its modules. Raises StoreError as `student_onnx` does."""
+    check_new_onnx(out)
     config, arch, tensors, _ = read_run_teacher(run)
     model = load_stage(arch, StageSpan.whole(num_blocks(arch)), tensors).eval()
     return export_onnx(

@@ -142,7 +142,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file = folder / "settings.json"
     if file.is_file():
         # Through JSON, so that tuples and lists are the same.
-        found, wanted = read_json(file), json.loads(json.dumps(settings))
+        found, wanted = read_json(file, if_damaged=f"give another --name, or delete {folder}"), json.loads(json.dumps(settings))
         wrong = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if wrong:
             told = ", ".join(f"{key}: {found.get(key)} there, {wanted.get(key)} now" for key in wrong)

@@ -67,8 +67,30 @@ def with_own_port(launch: LaunchConfig) -> LaunchConfig:
 
 def spell(command: list[str]) -> str:
     """The command as a person would type it."""
+    return " ".join(_typed(command))
+
+
+def spell_in_lines(command: list[str], width: int) -> str:
+    """The same in lines of at most `width` columns, which a shell joins again. A flag stays beside its value, and no word is cut."""
+    pieces: list[str] = []
+    for word in _typed(command):
+        if pieces and pieces[-1].startswith("-") and " " not in pieces[-1] and not word.startswith("-"):
+            pieces[-1] += f" {word}"
+        else:
+            pieces.append(word)
+    lines = [pieces[0]]
+    for piece in pieces[1:]:
+        if len(f"{lines[-1]} {piece} \\") <= width:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(f"    {piece}")
+    return " \\\n".join(lines)
+
+
+def _typed(command: list[str]) -> list[str]:
+    """Its words, quoted for a shell where that is needed."""
     words = ["deepspeed", *command[3:]] if command[1:3] == ["-m", "deepspeed.launcher.runner"] else command
-    return shlex.join(words)
+    return [shlex.quote(word) for word in words]
 
 
 def launch_environment(launch: LaunchConfig, base: Mapping[str, str]) -> dict[str, str]:
