@@ -56,9 +56,9 @@ def plan(
 
     How it is computed. The very modules of a phase run one step on torch's meta device, where tensors have shapes and no memory; what
     autograd keeps is counted byte by byte, and DeepSpeed's buffers are followed from one gradient to the next. On CPU ranks this is checked
-    against the allocator (`m2mkd bench memory`, docs/benchmarks/plan_memory_cpu.md). Routing is as uneven as --imbalance says. The speed
-    is that of the narrowest of compute, links and loader, as if the others hid behind it; `no overlap` is the other extreme. MFU is an assumption: measure a step,
-    then set it.
+    against the allocator (`m2mkd bench memory`, docs/benchmarks/plan_memory_cpu.md). Routing is as uneven as --imbalance says. The speed is
+    that of the narrowest of compute, links and loader, as if the others hid behind it; `no overlap` is the other extreme. MFU is an
+    assumption: measure a step, then set it.
 
     Args:
         recipe: Name of a recipe (see `m2mkd recipes`). This or --config.
