@@ -75,6 +75,8 @@ class BadSampleList:
                 if new and record["substitute"] >= 0:
                     logger.warning("%s: damaged sample %d of at most %d: %s; sample %d takes its place", self._what, self.total, self.cap,
                                    record["message"], record["substitute"])  # fmt: skip
+        if self._writer is not None:
+            self._writer.sync()  # damaged samples are few, and a checkpoint of this step may be there before the list is closed
         reasons = [reason for _, reason in gathered if reason]
         if reasons or self.total > self.cap:
             self.close()
