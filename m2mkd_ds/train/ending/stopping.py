@@ -38,6 +38,8 @@ _LAUNCHER = "deepspeed.launcher.launch"
 class StopRequested(Exception):  # noqa: N818  # no error: what was asked for
     """The run was stopped on request, with everything saved; the same command goes on."""
 
+    exit_code = STOP_CODE
+
     def __init__(self, phase: str, step: int, why: str) -> None:
         super().__init__(f"stopped on request in {phase} at step {step} ({why}); the same command goes on")
         self.phase, self.step, self.why = phase, step, why
