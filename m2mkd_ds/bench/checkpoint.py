@@ -69,6 +69,7 @@ def run_checkpoint(options: CheckpointBench, world: World) -> str:
     Raises ValueError for more ranks: how many steps fit behind a save is each rank's own, and steps are collective.
     """
     options.check()
+    command, options = options.command(), options.resolved()
     if world.size > 1:
         raise ValueError(f"bench checkpoint measures one rank and was launched with {world.size}; start it without the launcher")
     torch.set_num_threads(1)
@@ -77,7 +78,7 @@ def run_checkpoint(options: CheckpointBench, world: World) -> str:
         rows, step_ms, state_bytes = _measure(options, world, Path(folder))
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "command": options.command(),
+        "command": command,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "device": world.device.type,
         "state_bytes": state_bytes,
@@ -174,9 +175,10 @@ def _cells(result: dict[str, Any], row: CheckpointRow) -> list[str]:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """Size and place in one line."""
+    """Size and place in one line; a quick look is named as such, because its numbers are not to be compared with others."""
+    quick = "A FIRST LOOK (--quick): " if result["options"]["quick"] else ""
     size, step = result["state_bytes"] / 2**20, result["step_ms"]["median"]
-    return f"state of {size:.0f} MiB, a step of {step:.0f} ms; {result['environment']['device']}; {result['wall_s']:.0f} s"
+    return f"{quick}state of {size:.0f} MiB, a step of {step:.0f} ms; {result['environment']['device']}; {result['wall_s']:.0f} s"
 
 
 def render(result: dict[str, Any], rows: list[CheckpointRow]) -> str:

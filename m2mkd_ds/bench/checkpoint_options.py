@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Peer = Literal["ours", "ours_async", "torch_save", "dcp", "dcp_async"]
 PEERS: tuple[Peer, ...] = ("ours", "ours_async", "torch_save", "dcp", "dcp_async")
@@ -24,6 +24,8 @@ class CheckpointBench:
     peers: tuple[Peer, ...] = PEERS
     """ours, ours_async: a commit with checksums, in line and with checkpoint.asynchronous=true. torch_save: torch.save of the same bytes,
     then fsync and rename. dcp, dcp_async: save and async_save of torch.distributed.checkpoint. Only ours keep checksums."""
+    quick: bool = False
+    """A first look: 48 MiB, 64 rows, two rounds. The result says so."""
     folder: Path | None = None
     """Where to write; what is measured is this disk. Without it, a temporary folder."""
     out: Path | None = None
@@ -39,11 +41,24 @@ class CheckpointBench:
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"--folder {self.folder}: no such folder; make it first, on the disk that is to be measured")
 
+    def resolved(self) -> CheckpointBench:
+        """With `quick` spelled out."""
+        if not self.quick:
+            return self
+        plain = {field.name: field.default for field in fields(self)}
+        small: dict[str, Any] = {"mib": 48, "batch": 64, "repeats": 2}
+        # What was given beside --quick counts.
+        return replace(self, **{name: value for name, value in small.items() if getattr(self, name) == plain[name]})
+
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""
         words = ["m2mkd", "bench", "checkpoint"]
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                words += ["--" + field.name.replace("_", "-"), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if isinstance(value, bool):
+                words.append(flag)
+            else:
+                words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
         return shlex.join(words)

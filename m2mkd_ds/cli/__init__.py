@@ -108,27 +108,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"m2mkd: {err}\n")  # an optional package, and how to get it
         sys.exit(2)
-    except RuntimeError as err:
-        code = _code_of_known(err)
-        if code is None:
-            raise
-        if os.environ.get("M2MKD_DEBUG"):
-            traceback.print_exc()
-        _say(err)
-        sys.exit(code)
     except KeyboardInterrupt:  # training has its own answer to Ctrl-C (it saves); the other verbs have nothing to save
         if os.environ.get("M2MKD_DEBUG"):
             raise
         sys.stderr.write("m2mkd: interrupted\n")
         sys.exit(INTERRUPTED_CODE)
     except Exception as err:
-        from m2mkd_ds.train.ending.stopping import STOP_CODE, StopRequested
-
-        if not isinstance(err, StopRequested):
+        # Errors whose text is a sentence for people name their own code, which the records of a job hold as well (train/ending/guard.py).
+        code = getattr(err, "exit_code", None)
+        if not isinstance(code, int):
             raise
-        if not err.is_told:
+        if os.environ.get("M2MKD_DEBUG"):
+            traceback.print_exc()
+        if not getattr(err, "is_told", False):  # of a stop that another process tells
             _say(err)
-        sys.exit(STOP_CODE)
+        sys.exit(code)
 
 
 def _say(err: Exception) -> None:
@@ -138,19 +132,3 @@ def _say(err: Exception) -> None:
     with outliving_readers():
         sys.stderr.write(f"m2mkd: {err}\n")
         sys.stderr.flush()
-
-
-def _code_of_known(err: RuntimeError) -> int | None:
-    """The exit code for errors whose text is a sentence for people; None for others, which keep their traceback."""
-    from m2mkd_ds.checkpoint.hf.push import HubError
-    from m2mkd_ds.distributed.start.rendezvous import MissingRanksError
-    from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
-    from m2mkd_ds.train.ending.guard import PeerLostError
-    from m2mkd_ds.train.launching.launch import LaunchError
-    from m2mkd_ds.train.loop import NonFiniteLossError
-
-    if isinstance(err, (LaunchError, NonFiniteLossError, PeerLostError)):
-        return err.exit_code
-    if isinstance(err, (HubError, MissingRanksError, TeacherLostError)):
-        return 1
-    return 2 if isinstance(err, TeacherRefusedError) else None

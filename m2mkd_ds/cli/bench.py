@@ -97,7 +97,9 @@ def teacher(bench: tyro.conf.OmitArgPrefixes[TeacherBench]) -> None:
 def checkpoint(bench: tyro.conf.OmitArgPrefixes[CheckpointBench]) -> None:
     """Measure how long saving holds training up: our commit, in line and asynchronous, and torch's ways, in turn.
 
-    A first look, in half a minute: m2mkd bench checkpoint --mib 48 --repeats 2
+    A first look, in half a minute: m2mkd bench checkpoint --quick
+
+    docs/benchmarks.md says how to read the result.
 
     Args:
         bench: Size of the state, peers, disk and how often to measure.

@@ -55,6 +55,21 @@ def test_each_peer_has_a_row_whose_numbers_belong_together(result: dict[str, Any
             assert row["lost_ms"] == row["blocked_ms"]  # nothing goes on behind them
 
 
+def test_a_quick_look_is_small_and_is_called_so_in_all_that_it_leaves(
+    world: World, tmp_path: Path, result: dict[str, Any], text: str, out: Path
+) -> None:
+    quick = CheckpointBench(quick=True, mib=12, peers=("ours",), folder=tmp_path, out=tmp_path)
+    assert (quick.resolved().mib, quick.resolved().batch, quick.resolved().repeats) == (12, 64, 2)  # what was given counts
+    assert CheckpointBench(quick=True).resolved().mib == 48 and CheckpointBench().resolved() == CheckpointBench()
+    told = run_checkpoint(quick, world)
+    found = json.loads((tmp_path / "checkpoint_cpu.json").read_text())
+    assert found["options"]["quick"] and found["options"]["batch"] == 64 and len(found["rows"][0]["samples"]) == 2
+    assert found["command"].startswith("m2mkd bench checkpoint --mib 12 --peers ours --quick --folder ")
+    words = "A FIRST LOOK (--quick): state of 12 MiB"
+    assert words in told and words in (tmp_path / "checkpoint_cpu.md").read_text()
+    assert not result["options"]["quick"] and "FIRST LOOK" not in text + (out / "checkpoint_cpu.md").read_text()
+
+
 def test_the_verdict_compares_our_two_ways() -> None:
     def row(peer: str, blocked_ms: float) -> CheckpointRow:
         spread = Spread(blocked_ms, blocked_ms, blocked_ms)

@@ -14,11 +14,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from m2mkd_ds.checkpoint.hf.push import HubError
 from m2mkd_ds.cli import join_overrides, take_launcher_flags
 from m2mkd_ds.cli.app import app
 from m2mkd_ds.config import dump, load
 from m2mkd_ds.data.index import ShardIndex
+from m2mkd_ds.distributed.start.rendezvous import MissingRanksError
 from m2mkd_ds.recipes import RECIPES, get_recipe
+from m2mkd_ds.teacher.client.links import TeacherLostError, TeacherRefusedError
+from m2mkd_ds.train.ending.guard import PeerLostError, exit_code
+from m2mkd_ds.train.ending.stopping import StopRequested
+from m2mkd_ds.train.launching.launch import LaunchError
+from m2mkd_ds.train.loop import NonFiniteLossError
 from tests.checkpoint.legacy_models import DEPTHS, LegacyModel, saved, student
 from tests.cli.ended import Ended, Run
 
@@ -217,6 +224,41 @@ def test_ctrl_c_is_one_line_and_the_code_of_shells(run: Run, monkeypatch: pytest
     monkeypatch.setattr(app, "cli", interrupt)
     ended = run("report", "x")
     assert ended.code == 130 and ended.err.startswith("m2mkd: interrupted") and ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (HubError("told"), 1),
+        (MissingRanksError("told"), 1),
+        (TeacherLostError("told"), 1),
+        (TeacherRefusedError("told"), 2),
+        (PeerLostError("told"), 1),
+        (LaunchError("told"), 1),
+        (LaunchError("told", 76), 76),  # of a job whose watchdog ended it
+        (NonFiniteLossError("told"), 77),
+        (StopRequested("m2mkd", 8, "SIGTERM"), 75),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_known_errors_are_one_line_and_their_own_code_here_and_in_a_jobs_records(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "cli", fail)
+    assert run("report", "x") == (code, "", f"m2mkd: {error}\n")
+    assert exit_code(error) == code
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(app, "cli", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("report", "x")
 
 
 def test_debug_mode_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from m2mkd_ds.config import DataConfig
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.data.loader import TrainLoader
 from m2mkd_ds.data.worker_start import STOP_SIGNALS
+from m2mkd_ds.distributed.watch.processes import Process, parent_of
+from tests.processes import descendants, still_there
 
 
 def loader(folder: Path, index: ShardIndex, steps: int) -> TrainLoader:
@@ -25,26 +26,26 @@ def loader(folder: Path, index: ShardIndex, steps: int) -> TrainLoader:
     )  # fmt: skip
 
 
-def family(before: set[int]) -> list[psutil.Process]:
+def family(before: set[int]) -> list[Process]:
     """Processes below this one that were not there before: workers, and the server that forks them if this test has started it."""
-    return [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    return [process for process in descendants(os.getpid()) if process.pid not in before]
 
 
-def server_of(worker: psutil.Process) -> psutil.Process:
-    parent = worker.parent()
-    assert parent is not None and parent.pid != os.getpid()
+def server_of(worker: Process) -> int:
+    parent = parent_of(worker.pid)
+    assert parent not in (0, 1, os.getpid())
     return parent
 
 
 def test_workers_and_their_server_go_on_under_the_signals_that_stop_a_job(digits_folder: Path, digits_train: ShardIndex) -> None:
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    before = {process.pid for process in descendants(os.getpid())}
     batches = loader(digits_folder, digits_train, 200)
     received = iter(batches)
     next(received)
-    worker = max(family(before), key=lambda process: process.create_time())
-    for process in (worker, server_of(worker)):
+    worker = max(family(before), key=lambda process: int(process.started))
+    for pid in (worker.pid, server_of(worker)):
         for number in STOP_SIGNALS:
-            process.send_signal(number)
+            os.kill(pid, number)
     time.sleep(0.5)
     assert sum(1 for _ in received) == 199
     batches.close()
@@ -52,19 +53,16 @@ def test_workers_and_their_server_go_on_under_the_signals_that_stop_a_job(digits
 
 @pytest.mark.timeout(120)
 def test_a_worker_that_is_stuck_is_killed_when_the_loader_closes(digits_folder: Path, digits_train: ShardIndex) -> None:
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    before = {process.pid for process in descendants(os.getpid())}
     batches = loader(digits_folder, digits_train, 200)
     received = iter(batches)
     next(received)
-    worker = max(family(before), key=lambda process: process.create_time())
+    worker = max(family(before), key=lambda process: int(process.started))
     os.kill(worker.pid, signal.SIGSTOP)
     began = time.monotonic()
     batches.close()
     assert time.monotonic() - began < 20  # DataLoader alone waits for five seconds, and leaves it
-    deadline = time.monotonic() + 5
-    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    assert not still_there([worker], 5)
 
 
 def test_an_interpreter_ends_although_a_loader_with_workers_was_not_closed(digits_folder: Path) -> None:

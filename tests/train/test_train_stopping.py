@@ -14,19 +14,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from m2mkd_ds.distributed.watch.processes import Process, parent_of
 from m2mkd_ds.logs import read_metrics
 from m2mkd_ds.train.pipeline import write_config
 from tests.launching import free_port, launcher_command, rank_environment
+from tests.processes import descendants, still_there
 from tests.train import stop_job
 from tests.train.kill_resume_job import PHASE, STEPS
 from tests.train.stop_job import EVAL_STEPS, LIMIT_S, stop_config
@@ -43,7 +44,7 @@ class Job:
     process: subprocess.Popen[str]
     folder: Path
     """RUN/<phase>."""
-    everybody: list[psutil.Process] = field(default_factory=list)
+    everybody: list[Process] = field(default_factory=list)
     """Launcher, ranks, workers and the workers' server, as they were when the test struck."""
 
     def rank(self, number: int) -> int:
@@ -52,10 +53,10 @@ class Job:
 
     def above(self, number: int) -> int:
         """The launcher's processes: 1 is launch.py, 2 the `deepspeed` command."""
-        process = psutil.Process(self.rank(0))
+        pid = self.rank(0)
         for _ in range(number):
-            process = process.parent()
-        return process.pid
+            pid = parent_of(pid)
+        return pid
 
 
 @dataclass
@@ -84,15 +85,15 @@ def strike(out: Path, run: str, place: str, fault: Callable[[Job], None], *, ver
     with started(out, run, command) as job:
         wait_until(lambda: all((out / f"{mark}.ready.{rank}").exists() for rank in (0, 1)), job, 300)
         time.sleep(1.2)  # heartbeats tell where the ranks are
-        job.everybody = psutil.Process(job.process.pid).children(recursive=True)
+        job.everybody = descendants(job.process.pid)
         began = time.time()
         fault(job)
         time.sleep(release_s)
         (out / f"{mark}.go").touch()
         output, _ = job.process.communicate(timeout=400)
-        _, alive = psutil.wait_procs(job.everybody, timeout=10)
+        left = [process.command for process in still_there(job.everybody, 10)]
         outcome, failures = records(job.folder)
-        return Ended(job.process.returncode, output, outcome["time"] - began, [" ".join(p.cmdline()) for p in alive], outcome, failures)
+        return Ended(job.process.returncode, output, outcome["time"] - began, left, outcome, failures)
 
 
 @contextmanager
@@ -106,9 +107,12 @@ def started(out: Path, run: str, command: list[str]) -> Iterator[Job]:
     try:
         yield job
     finally:
-        for process in [*job.everybody, *([psutil.Process(job.process.pid)] if job.process.poll() is None else [])]:
-            if process.is_running():
-                process.kill()
+        if job.process.poll() is None:
+            job.process.kill()
+        for process in job.everybody:
+            if process.is_alive:
+                with suppress(ProcessLookupError):  # it has ended this very moment
+                    os.kill(process.pid, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool], job: Job, seconds: float) -> None:

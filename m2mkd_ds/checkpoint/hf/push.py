@@ -32,6 +32,8 @@ _NEUTRAL = {".gitattributes", ".gitignore", "LICENSE", "README.md"}
 class HubError(RuntimeError):
     """The hub cannot be reached, or fails; the same command may succeed later."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class PushFile:

@@ -32,6 +32,8 @@ _GIVEN_UP = "stopped before the job was joined"
 class MissingRanksError(RuntimeError):
     """Some rank did not come in time; the message names the missing ranks, or the address that could not be reached."""
 
+    exit_code = 1
+
 
 class GivenUpError(RuntimeError):
     """The start was given up because `give_up` said so."""

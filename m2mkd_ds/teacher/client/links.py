@@ -15,9 +15,13 @@ from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Welcome
 class TeacherLostError(RuntimeError):
     """No server answers, for as long as the run's settings allow; the message gives the cause for each."""
 
+    exit_code = 1
+
 
 class TeacherRefusedError(RuntimeError):
     """A server's refusal that asking again or elsewhere would not mend; the message is the server's sentence."""
+
+    exit_code = 2
 
 
 class StoppedError(RuntimeError):

@@ -46,6 +46,7 @@ class StopRequested(Exception):  # noqa: N818  # no error: what was asked for
 
     is_told = False
     """Whether another process tells it to the user."""
+    exit_code = STOP_CODE
 
     def __init__(self, phase: str, step: int, why: str) -> None:
         super().__init__(f"stopped on request in {phase} at step {step} ({why}); the same command goes on")
