@@ -29,13 +29,15 @@ from m2mkd_ds.teacher_config import TEACHER_LIMITS, TeacherConfig, check_teacher
 from m2mkd_ds.watch_config import WATCH_LIMITS, WatchConfig, check_watch_config
 
 __all__ = [
-    "PHASES", "ROUTER_PRESETS", "AugmentConfig", "CheckpointConfig", "ConfigError", "DataConfig", "DistillConfig", "ExportConfig",
-    "LaunchConfig", "MetaConfig", "MoEConfig", "PhaseConfig", "RouterConfig", "RunConfig", "StudentConfig", "TeacherConfig",
+    "PAIR_PHASES", "PHASES", "ROUTER_PRESETS", "AugmentConfig", "CheckpointConfig", "ConfigError", "DataConfig", "DistillConfig",
+    "ExportConfig", "LaunchConfig", "MetaConfig", "MoEConfig", "PhaseConfig", "RouterConfig", "RunConfig", "StudentConfig", "TeacherConfig",
     "WatchConfig", "apply_overrides", "check_router", "dump", "field_paths", "from_dict", "load", "to_dict",
 ]  # fmt: skip
 
 PHASES = ("pretrain_meta", "modular_train", "assemble_finetune", "m2mkd", "end_to_end", "baseline")
 """Training phases, in the order in which the pipeline runs them."""
+PAIR_PHASES = ("modular_train", "m2mkd")
+"""Those that train a module of every pair; the others train a whole model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,7 @@ def plan(
         set: Override config fields before planning.
     """
     from m2mkd_ds.checkpoint.atomic import replacing
+    from m2mkd_ds.distill.pairs import check_pairs
     from m2mkd_ds.planner.run_plan import PlanOptions, plan_run
     from m2mkd_ds.planner.run_plot import draw_run_plan
     from m2mkd_ds.planner.run_text import format_run_plan, plan_to_json
@@ -97,6 +98,7 @@ def plan(
     hosts = replace(base, **{name: value for name, value in given.items() if value is not None})
     resolved = resolve(config, recipe, "", set)
     names = _phases(resolved, phase)
+    check_pairs(pair, resolved.num_stages, names)
     if not 1 <= imbalance < inf:
         raise ValueError(f"--imbalance is {imbalance:g}; give a number from 1, because the busiest expert has at least the mean")
     if plot is not None and not plot.parent.is_dir():

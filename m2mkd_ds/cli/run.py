@@ -65,7 +65,7 @@ def train(
     from m2mkd_ds.train.pipeline import write_config
     from m2mkd_ds.train.run_phase import check_phases, run_phases
 
-    check_phases(resolved, names)
+    check_phases(resolved, names, pair)
     if recipe and launched_rank(os.environ) == 0:
         write_config(resolved)  # so that later verbs and phases find the same config in the run folder
     run_phases(resolved, names, pair)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from m2mkd_ds.config import PAIR_PHASES, ConfigError
 from m2mkd_ds.models.spans import StageSpan, stage_spans
 from m2mkd_ds.models.vmoe import StitchSpec
 
@@ -73,6 +74,13 @@ def parse_pairs(text: str, count: int) -> tuple[int, ...]:
         if not 0 <= index < count:
             raise ValueError(f"--pair {index}: there are {count} pairs, numbered 0 to {count - 1}")
     return tuple(chosen)
+
+
+def check_pairs(text: str, count: int, phases: Sequence[str]) -> None:
+    """Raises ValueError for a pair that does not exist, ConfigError where pairs are chosen and none of `phases` has any."""
+    parse_pairs(text, count)
+    if text != "all" and not set(phases) & set(PAIR_PHASES):
+        raise ConfigError(f"--pair {text}: {', '.join(phases)} has no pairs; leave --pair out, or give --phase {' or '.join(PAIR_PHASES)}")
 
 
 def stitch_specs(pair: TeachingPair, *, teacher_width: int, student_width: int) -> tuple[StitchSpec, ...]:

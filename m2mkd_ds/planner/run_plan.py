@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from m2mkd_ds.config import PhaseConfig, RunConfig
+from m2mkd_ds.config import PAIR_PHASES, PhaseConfig, RunConfig
 from m2mkd_ds.logs import Progress
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.variants import VitArch
@@ -152,7 +152,7 @@ class _PhasePlanner:
         self.phase: PhaseConfig = phase_config(config, name)
         bf16_units = cluster.device == "gpu"  # what precision=auto asks the hardware for
         self.precision = {"fp32": "fp32", "bf16": "bf16"}.get(self.phase.precision, "bf16" if bf16_units else "fp32")
-        pairs = options.pairs if name in ("modular_train", "m2mkd") else ()
+        pairs = options.pairs if name in PAIR_PHASES else ()
         self.layout = Layout(
             ranks=cluster.ranks, ep_size=self.phase.ep_size if name in STUDENT_PHASES else 1, micro_batch_size=self.phase.micro_batch_size,
             accumulation=self.phase.gradient_accumulation_steps, precision=self.precision,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2mkd_ds.config import PhaseConfig, RunConfig
+from m2mkd_ds.config import PAIR_PHASES, PhaseConfig, RunConfig
 from m2mkd_ds.distill.pairs import TeachingPair, stage_spans, stitch_specs, teaching_pairs
 from m2mkd_ds.models.meta import BoundaryVit, run_stages
 from m2mkd_ds.models.spans import StageSpan
@@ -27,7 +27,6 @@ from m2mkd_ds.models.vmoe import StitchSpec, VisionMoE, VMoEOutput, arch_from_co
 from m2mkd_ds.planner.shapes_of_experts import prepare_experts_
 from m2mkd_ds.planner.step_trace import Scene, TraineeScene
 
-PAIR_PHASES = ("modular_train", "m2mkd")
 STUDENT_PHASES = ("m2mkd", "end_to_end", "baseline")
 """Phases that train experts."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from m2mkd_ds.config import RunConfig
+from m2mkd_ds.config import PAIR_PHASES, RunConfig
 from m2mkd_ds.distill.pairs import TeachingPair, stage_spans, stitch_specs
 from m2mkd_ds.models.spans import StageSpan
 from m2mkd_ds.models.variants import VitArch
 from m2mkd_ds.models.vmoe import StitchSpec, arch_from_config
 from m2mkd_ds.moe.experts import Experts
 from m2mkd_ds.planner.flops import Flops, experts_a_token, student_flops, vit_stage_flops, vit_stage_tokens
-from m2mkd_ds.planner.scenes import PAIR_PHASES, SceneSettings, all_pairs, frozen_modules, teacher_width, trained_modules, vit_stages
+from m2mkd_ds.planner.scenes import SceneSettings, all_pairs, frozen_modules, teacher_width, trained_modules, vit_stages
 
 
 @dataclass(frozen=True, kw_only=True)

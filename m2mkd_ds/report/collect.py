@@ -24,9 +24,6 @@ NODES = (
 )  # fmt: skip
 """Nodes of a run, in the order in which they are told; the report itself is not one of them."""
 
-PAIRED_PHASES = ("modular_train", "m2mkd")
-"""Phases with one curve a teaching pair."""
-
 T = TypeVar("T")
 
 
@@ -151,7 +148,7 @@ def _read_curves(facts: RunFacts) -> None:
     for phase in config_tree.PHASES:
         folder = facts.run_dir / phase
         files = (
-            sorted(folder.glob("pair_*/metrics.jsonl"), key=lambda path: _pair_number(path.parent.name)) if phase in PAIRED_PHASES else []
+            sorted(folder.glob("pair_*/metrics.jsonl"), key=lambda path: _pair_number(path.parent.name)) if phase in config_tree.PAIR_PHASES else []
         )
         files = files or [folder / "metrics.jsonl"]
         if files == [folder / "metrics.jsonl"] and not _expected(facts, phase) and not files[0].exists():
@@ -164,7 +161,7 @@ def _read_curves(facts: RunFacts) -> None:
                 found.append(Curve("whole" if file.parent == folder else f"pair {_pair_number(file.parent.name)}", records))
             elif records is not None:
                 facts.missing.append(f"{relative} has no line yet, so this report has no curves of {phase}")
-        if phase in PAIRED_PHASES and found and facts.config and len(found) < facts.config.num_stages:
+        if phase in config_tree.PAIR_PHASES and found and facts.config and len(found) < facts.config.num_stages:
             facts.missing.append(f"{phase} has curves of {len(found)} of {facts.config.num_stages} pairs")
         if found:
             facts.curves[phase] = found

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from m2mkd_ds.config import PHASES, ConfigError, RunConfig, dump
-from m2mkd_ds.distill.pairs import parse_pairs
+from m2mkd_ds.distill.pairs import check_pairs
 from m2mkd_ds.logs import logger
 from m2mkd_ds.train.batch import layout_of_images
-from m2mkd_ds.train.probe_work import PAIR_PHASES, owner_of
+from m2mkd_ds.train.probe_work import owner_of
 
 POLL_S = 0.02
 TRY_TIMEOUT_S = 1800.0
@@ -65,14 +65,12 @@ def probe_batch(config: RunConfig, name: str, *, memory_bytes: int | None, headr
     """
     if name not in PHASES:
         raise ConfigError(f"--phase {name}: only training has batches; allowed are {', '.join(PHASES)}")
-    if pairs != "all" and name not in PAIR_PHASES:
-        raise ConfigError(f"--pair {pairs}: {name} has no pairs; leave it out, or probe {' or '.join(PAIR_PHASES)}")
+    check_pairs(pairs, config.num_stages, [name])
     if not 0.0 <= headroom < 1.0:
         raise ConfigError(f"--headroom is {headroom}; it is the share of the memory that stays free, from 0 to less than 1")
     unit = _unit(config)
     if most < unit:
         raise ConfigError(f"--most is {most}; micro-batches of this run are multiples of {unit} (data.augment.mix_group)")
-    parse_pairs(pairs, config.num_stages)
     limit = int((memory_bytes or _free_bytes()) * (1.0 - headroom))
     start = min(getattr(config, owner_of(name)).micro_batch_size, most)
 

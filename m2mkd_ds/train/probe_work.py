@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from m2mkd_ds.checkpoint.out_of_memory import ran_out_of_memory
-from m2mkd_ds.config import DistillConfig, PhaseConfig, RunConfig, load
+from m2mkd_ds.config import PAIR_PHASES, DistillConfig, PhaseConfig, RunConfig, load
 from m2mkd_ds.data.index import ShardIndex
 from m2mkd_ds.distill.assemble import pair_stitches
 from m2mkd_ds.distill.hybrid import FrozenMeta, freeze, teacher_logits
@@ -40,8 +40,6 @@ from m2mkd_ds.train.steps import aligned_step, pair_step
 STEPS = 2
 MOST_MICRO_STEPS = 2
 """Micro-batches of a step that are run: gradients are accumulated from the second one on, and further ones change nothing."""
-
-PAIR_PHASES = ("modular_train", "m2mkd")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2mkd_ds.config import ConfigError, RunConfig
-from m2mkd_ds.distill.pairs import parse_pairs
+from m2mkd_ds.config import PAIR_PHASES, ConfigError, RunConfig
+from m2mkd_ds.distill.pairs import check_pairs, parse_pairs
 from m2mkd_ds.distributed.start.launched import launched_rank
 from m2mkd_ds.distributed.start.rendezvous import GivenUpError
 from m2mkd_ds.distributed.watch.activity import section
@@ -39,9 +39,9 @@ WHOLE_MODEL_PHASES = {
     "end_to_end": end_to_end.end_to_end,
     "baseline": end_to_end.baseline,
 }
-PAIR_PHASES = {"modular_train": prepare.modular_train, "m2mkd": m2mkd.m2mkd}
+JOBS_OF_PAIRS = {"modular_train": prepare.modular_train, "m2mkd": m2mkd.m2mkd}
 RANK_ZERO_NODES = {"split": local_nodes.split, "assemble": local_nodes.assemble}
-RUNNABLE = (*WHOLE_MODEL_PHASES, *PAIR_PHASES, *RANK_ZERO_NODES, "evaluate")
+RUNNABLE = (*WHOLE_MODEL_PHASES, *JOBS_OF_PAIRS, *RANK_ZERO_NODES, "evaluate")
 """Nodes that a launched job can run."""
 
 
@@ -52,7 +52,7 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
     under the launcher and without it (one rank). Raises ConfigError before compute is spent; StopRequested, with everything saved, on
     every rank, when any was asked to stop (stopping.py) or lost its launcher; PeerLostError where another rank has gone.
     """
-    check_phases(config, names)
+    check_phases(config, names, pairs)
     stop, chain = StopFlag(), launcher_chain()
     with outliving_readers(), listening(stop, chain):
         try:
@@ -94,12 +94,13 @@ def record_folder(config: RunConfig, name: str, pairs: str = "all") -> Path:
     return folder / f"pair_{parse_pairs(pairs, config.num_stages)[0]}"
 
 
-def check_phases(config: RunConfig, names: Sequence[str]) -> None:
-    """Raise ConfigError for a name that this run does not have, or that a launched job cannot run."""
+def check_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> None:
+    """Raise ConfigError for a name that this run does not have, or that a launched job cannot run, and for pairs that no phase has."""
     for name in names:
         find_node(config, name)
         if name not in RUNNABLE:
             raise ConfigError(f"--phase {name}: runs without ranks (m2mkd pipeline --only {name}); allowed are {', '.join(RUNNABLE)}")
+    check_pairs(pairs, config.num_stages, names)
 
 
 def run_in_world(config: RunConfig, world: World, name: str, pairs: str = "all", stop: StopFlag | None = None) -> None:
@@ -145,7 +146,7 @@ def _run_pairs(ctx: RunContext, node: Node, print_: str, pairs: str) -> None:
     left = tuple(i for i in chosen if i in broadcast_object(unfinished_pairs(ctx, node, print_), what="pairs to train"))
     started = time.time()
     if left:
-        job = PAIR_PHASES[node.name](ctx, left)
+        job = JOBS_OF_PAIRS[node.name](ctx, left)
         _train(job)
         with section("write the result", limit="save", may_wait=True):
             for trainee in job.trainees:

@@ -129,6 +129,8 @@ def test_other_spellings_of_the_launchers_flags(flag: list[str], monkeypatch: py
         (["train", "--recipe", "tiny", "--phase", "m2mkdd"], "no node 'm2mkdd' in this run; allowed are .*m2mkd"),
         (["train", "--recipe", "tiny", "--phase", "m2mkd,export"], "--phase export: runs without ranks"),
         (["train", "--recipe", "tiny_pretrained", "--phase", "modular_train"], "no node 'modular_train' in this run"),
+        (["train", "--recipe", "tiny", "--phase", "baseline", "--pair", "0"], "--pair 0: baseline has no pairs; leave --pair out, or give"),
+        (["train", "--recipe", "tiny", "--phase", "m2mkd", "--pair", "7"], "--pair 7: there are 2 pairs"),
         (["train", "--phase", "m2mkd"], "give either --recipe NAME .* or --config RUN/config.yaml"),
         (["train", "--recipe", "tiny", "--config", "x.yaml", "--phase", "m2mkd"], "give either --recipe NAME"),
         (["train", "--config", "none.yaml", "--phase", "m2mkd"], "none.yaml: no such config file"),

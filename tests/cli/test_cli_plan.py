@@ -36,6 +36,7 @@ def test_a_refused_phase_has_its_reason_below_the_table_and_the_headings_stay_wh
         (("--mfu", "1.5"), "cluster: mfu is 1.5; it must be a number above 0, at most 1"),
         (("--cluster", "no.yaml"), "--cluster no.yaml: no such file"),
         (("--pair", "7"), "--pair 7: there are 2 pairs"),
+        (("--phase", "baseline", "--pair", "0"), "--pair 0: baseline has no pairs"),
         (("--largest-micro-batch", "0"), "--largest-micro-batch 0"),
         (("--imbalance", "nan"), "--imbalance is nan; give a number from 1"),
         (("--imbalance", "inf"), "--imbalance is inf; give a number from 1"),

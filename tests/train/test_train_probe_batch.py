@@ -152,7 +152,8 @@ def test_config_errors_are_config_errors() -> None:
 @pytest.mark.parametrize("phase", ["pretrain_meta", "assemble_finetune", "end_to_end", "baseline"])
 def test_pairs_of_a_phase_without_pairs_are_refused(m2mkd: Run, phase: str) -> None:  # noqa: F811
     ended = m2mkd("probe-batch", "--recipe", "tiny", "--phase", phase, "--pair", "0", "--most", "1")
-    assert (ended.code, ended.err) == (2, f"m2mkd: --pair 0: {phase} has no pairs; leave it out, or probe modular_train or m2mkd\n")
+    text = f"m2mkd: --pair 0: {phase} has no pairs; leave --pair out, or give --phase modular_train or m2mkd\n"
+    assert (ended.code, ended.err) == (2, text)
 
 
 @pytest.mark.parametrize("number", ["-1", "nan", "inf"])
