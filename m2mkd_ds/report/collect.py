@@ -147,10 +147,8 @@ def _read_config(facts: RunFacts) -> None:
 def _read_curves(facts: RunFacts) -> None:
     for phase in config_tree.PHASES:
         folder = facts.run_dir / phase
-        files = (
-            sorted(folder.glob("pair_*/metrics.jsonl"), key=lambda path: _pair_number(path.parent.name)) if phase in config_tree.PAIR_PHASES else []
-        )
-        files = files or [folder / "metrics.jsonl"]
+        of_pairs = folder.glob("pair_*/metrics.jsonl") if phase in config_tree.PAIR_PHASES else ()
+        files = sorted(of_pairs, key=lambda path: _pair_number(path.parent.name)) or [folder / "metrics.jsonl"]
         if files == [folder / "metrics.jsonl"] and not _expected(facts, phase) and not files[0].exists():
             continue
         found = []
