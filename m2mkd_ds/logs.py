@@ -130,8 +130,9 @@ class MetricsWriter:
         if last.get("step") != record["step"]:
             self.write(record)
             return
+        replaced = _replaced(self._path, [*lines[:-1], json.dumps(last | record)])  # may fail; then what was there stays open
         self._file.close()
-        self._file = _replaced(self._path, [*lines[:-1], json.dumps(last | record)])
+        self._file = replaced
 
     def sync(self) -> None:
         """Force what was written to the disk. From any thread: every line has left this process already. Raises OSError."""

@@ -47,7 +47,7 @@ class CheckpointBench:
             return self
         plain = {field.name: field.default for field in fields(self)}
         small: dict[str, Any] = {"mib": 48, "batch": 64, "repeats": 2}
-        # What was given beside --quick counts.
+        # What was given beside --quick and is not the default counts.
         return replace(self, **{name: value for name, value in small.items() if getattr(self, name) == plain[name]})
 
     def command(self) -> str:

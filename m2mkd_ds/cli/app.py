@@ -27,6 +27,7 @@ elsewhere, what it needs, measurements."""
 
 
 def _reserved() -> None:
+    """Registered by no file."""
     raise AssertionError("a verb of VERBS that no file registers")
 
 

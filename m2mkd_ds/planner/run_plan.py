@@ -276,10 +276,11 @@ def recommend(settings: Sequence[Setting], cluster: RunCluster, *, ep_asked: int
     elif ep_asked > 1:
         reasons.append("whole experts fit, and nothing has to be exchanged")
     if best.ds_config != settings[0].ds_config:
-        reasons.append(f"{settings[0].ds_config} does not fit, or is more than {100 * EQUAL_SHARE:g} % slower")
+        reasons.append(f"{settings[0].ds_config} with ep_size {best.ep_size} does not fit, or is more than {100 * EQUAL_SHARE:g} % slower")
     gain = _rate(fastest) / _rate(best) - 1
     if gain >= 0.001:
-        reasons.append(f"{fastest.ds_config} with ep_size {fastest.ep_size} would gain {100 * gain:.1f} %, too little to change it for")
+        other = f"{fastest.ds_config} with ep_size {fastest.ep_size} and micro-batch {fastest.micro_batch_size}"
+        reasons.append(f"{other} would gain {100 * gain:.1f} %, too little to change it for")
     room = -(best.over_bytes or 0.0) / 1e9
     return best, "; ".join([*reasons, f"{room:.1f} GB of {cluster.usable_bytes / 1e9:.1f} stay free"])
 

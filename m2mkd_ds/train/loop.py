@@ -159,7 +159,7 @@ def _run_steps(job: Job, feed: TeacherFeed, start: int, bad: BadSampleList, save
             if stopping:
                 with section("save", limit="save", may_wait=True, step=done):
                     saver.wait()
-                raise stop_requested(job.phase_name, done, job.stop)
+                    raise stop_requested(job.phase_name, done, job.stop)
 
 
 def _train_step(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from m2mkd_ds.config import PAIR_PHASES, ConfigError, RunConfig
 from m2mkd_ds.distill.pairs import check_pairs, parse_pairs
-from m2mkd_ds.distributed.start.launched import launched_rank
 from m2mkd_ds.distributed.start.rendezvous import GivenUpError
 from m2mkd_ds.distributed.watch.activity import section
 from m2mkd_ds.distributed.world import World, barrier, broadcast_object, gather_object, init_world, shutdown
@@ -58,9 +57,8 @@ def run_phases(config: RunConfig, names: Sequence[str], pairs: str = "all") -> N
         try:
             world = init_world(config.watch.collective_timeout_s, start_timeout_s=config.watch.start_s, give_up=stop)
         except GivenUpError:
-            given_up = StopRequested(names[0], 0, stop.why or "asked of another rank")
-            given_up.is_told = not tells_of_stop(launched_rank(os.environ), chain, os.environ)
-            raise given_up from None
+            # Told by each: there is no job yet whose rank 0, or whose record, could tell it for all.
+            raise StopRequested(names[0], 0, stop.why or "asked of another rank") from None
         setup_logging(world.rank)
         stopped = _run_watched(config, world, names, pairs, stop)
         stop.leaving = True

@@ -51,6 +51,7 @@ def printed_config(ended: Ended) -> dict[str, object]:
 def test_help_lists_every_verb_in_a_users_order_and_every_verb_has_help(run: Run) -> None:
     ended = run("--help")
     assert ended.code == 0 and tuple(re.findall(r"• (\S+)", ended.out)) == VERBS
+    assert "Registered by no file" not in ended.out
     for verb in VERBS:
         ended = run(verb, "--help")
         assert ended.code == 0 and ended.out.startswith(f"usage: m2mkd {verb}"), verb

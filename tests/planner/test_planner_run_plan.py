@@ -121,10 +121,10 @@ def test_a_small_gain_is_no_reason_for_a_higher_stage_for_spread_experts_or_anot
     plain = [setting("zero1", 1, size, 11598, 11299) for size in (32, 64, 128)]
     *chosen, why = taken(*plain, setting("zero1", 2, 128, 11598, 20506), setting("zero3", 1, 128, 11598, 14124))
     assert chosen == ["zero1", 1, 64]
-    assert "network is its limit; zero3 with ep_size 1 would gain 2.6 %, too little" in why
+    assert "network is its limit; zero3 with ep_size 1 and micro-batch 128 would gain 2.6 %, too little" in why
     # Worth 5.5 %: it is taken.
     *chosen, why = taken(*[setting("zero1", 1, size, 11598, 10990) for size in (64, 128)], setting("zero3", 1, 128, 11598, 14124))
-    assert chosen == ["zero3", 1, 128] and "zero1 does not fit, or is more than 5 % slower" in why and "gain" not in why
+    assert chosen == ["zero3", 1, 128] and "zero1 with ep_size 1 does not fit, or is more than 5 % slower" in why and "gain" not in why
     # Without the configured micro-batch, the largest.
     assert taken(plain[0], plain[2])[2] == 128
 

@@ -41,7 +41,19 @@ def test_a_live_servers_path_is_refused_and_a_dead_ones_taken_over(sharing_servi
     assert sorted(os.listdir(tmp_path)) == ["t.sock"]
 
 
-def test_servers_that_start_at_once_over_a_dead_ones_socket_get_it_once(tmp_path: Path) -> None:
+class SlowToListen(socket.socket):
+    """A server that is interrupted between having its name and listening."""
+
+    def listen(self, backlog: int = 128, /) -> None:
+        time.sleep(0.3)
+        super().listen(backlog)
+
+
+@pytest.mark.parametrize("kind", [socket.socket, SlowToListen])
+def test_servers_that_start_at_once_over_a_dead_ones_socket_get_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[socket.socket]
+) -> None:
+    monkeypatch.setattr(shm_socket.socket, "socket", kind)
     path = str(tmp_path / "t.sock")
     left = socket.socket(socket.AF_UNIX)
     left.bind(path)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from m2mkd_ds.distributed.watch.activity import Snapshot, snapshot
 from m2mkd_ds.distributed.watch.records import beat_of, heartbeat_file, stack_file, write_record
-from m2mkd_ds.distributed.watch.suspects import SILENT_BEATS, Observer, shared_look_s
+from m2mkd_ds.distributed.watch.suspects import LOOK_S, SILENT_BEATS, Observer, shared_look_s
 
 HANG_CODE = 76
 """Exit code of a rank that its watchdog ended."""
@@ -103,7 +103,8 @@ class Watchdog:
             is_suspicious = (limit_s > 0 and idle_s > margin_s) or self._watched.stop_asked()
             if is_suspicious and observer is None:
                 watched = self._watched
-                look_s = shared_look_s(watched.size)
+                # After a stop for as long as the save takes; before a limit for some seconds, and the word is to be in time.
+                look_s = shared_look_s(watched.size) if watched.stop_asked() else LOOK_S
                 observer = Observer(watched.folder, watched.launch, watched.rank, watched.size, watched.heartbeat_s, look_s)
             elif not is_suspicious and observer is not None:
                 observer.close()

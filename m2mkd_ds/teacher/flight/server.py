@@ -85,8 +85,9 @@ class FlightTransport:
 
     def start(self) -> None:
         """Listen and serve in threads. Raises OSError when the address cannot be had."""
-        self._server = _make_server(self, self._keys, join_address(self._host, self._port))
+        server = _make_server(self, self._keys, join_address(self._host, self._port))
         self._watching.start()
+        self._server = server
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, wait up to `grace_s` for those under way, cut the rest off. Ends within `grace_s` and a few seconds."""

@@ -136,7 +136,7 @@ class Lane:
             log.exception("teacher socket: a request could not be answered")
             self._send(frames.REFUSED, frames.pack_error(FeedError("internal", f"{type(err).__name__}: {err}")))
         finally:
-            self.busy, self.used_at = False, time.monotonic()
+            self.used_at, self.busy = time.monotonic(), False
         return True
 
     def _answer(self, kind: bytes, body: bytes) -> None:
