@@ -205,12 +205,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_deepspeed_with_shared_out_experts_equals_our_layer_on_each_rank(two_ranks: Path) -> None:
     facts = [rank["deepspeed"] for rank in json.loads((two_ranks / "facts.json").read_text())]
     assert [fact["first_expert"] for fact in facts] == [0, 2] and all(fact["local_experts"] == 2 and fact["same"] for fact in facts)
     assert max(fact["difference"] for fact in facts) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_exchange_gives_every_row_and_gradient_back(two_ranks: Path) -> None:
     facts = [rank["exchange"] for rank in json.loads((two_ranks / "facts.json").read_text())]
     assert all(fact["rows_return"] and fact["gradients_return"] for fact in facts)
@@ -220,6 +222,7 @@ def test_the_exchange_gives_every_row_and_gradient_back(two_ranks: Path) -> None
     assert [fact["bytes"] for fact in facts] == [[48 * 64, leaving[0]], [48 * 64, leaving[1]]]
 
 
+@pytest.mark.slow
 def test_two_ranks_report_the_whole_job(two_ranks: Path) -> None:
     a2a, result = (json.loads((two_ranks / level / "experts_cpu_fp32_2ranks.json").read_text()) for level in ("a2a", "layer"))
     facts = [rank["exchange"] for rank in json.loads((two_ranks / "facts.json").read_text())]
@@ -234,6 +237,7 @@ def test_two_ranks_report_the_whole_job(two_ranks: Path) -> None:
     assert set(BACKENDS) - {"reference"} <= {row["peer"] for row in result["rows"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", ["expert_parallel", "deepspeed_expert_parallel"])
 def test_spread_experts_compute_what_whole_ones_do(two_ranks: Path, peer: str) -> None:
     result = json.loads((two_ranks / "layer" / "experts_cpu_fp32_2ranks.json").read_text())

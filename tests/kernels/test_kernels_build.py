@@ -11,7 +11,7 @@ import pytest
 SHARED_KIB = 227
 
 
-@pytest.mark.parametrize(("size", "num_launches"), [("large", 19), ("small", 13)])
+@pytest.mark.parametrize(("size", "num_launches"), [pytest.param("large", 19, marks=pytest.mark.slow), ("small", 13)])
 def test_bf16_kernels_build_for_sm_90_without_spills(size: str, num_launches: int) -> None:
     # A process of its own: where triton interprets, it cannot compile.
     command = [sys.executable, "-m", "m2mkd_kernels.build_report", "--dtype", "bfloat16", "--size", size]
