@@ -61,7 +61,7 @@ class MoEConfig:
     """The n of `every` and `last`."""
     num_experts: int = 8
     """Experts a MoE block."""
-    backend: Literal["auto", "reference", "loop", "grouped", "padded", "fused", "triton"] = "auto"
+    backend: Literal["auto", "reference", "loop", "grouped", "padded", "fused", "triton", "tutel_dispatch"] = "auto"
     """Expert compute; does not change weights or names. auto: picked by device, dtype and shape from the measured table in
     `moe/backends/auto_table.py`, and the log says what and why. The others: docs/moe_backends.md."""
     activation: Literal["gelu", "swiglu"] = "gelu"

@@ -51,7 +51,7 @@ OPEN_TO_ALL = {
 # third party -> the files or folders that may import it.
 DOORS = {
     "deepspeed": ("m2mkd_ds/distributed/",),
-    "tutel": ("m2mkd_ds/distributed/external/tutel.py",),
+    "tutel": ("m2mkd_ds/distributed/external/tutel.py", "m2mkd_ds/moe/backends/tutel_dispatch.py"),
     "scattermoe": ("m2mkd_ds/distributed/external/scattermoe.py",),
     "triton": ("kernels/m2mkd_kernels/",),
     "webdataset": ("m2mkd_ds/data/", "m2mkd_ds/bench/loader_peers.py"),

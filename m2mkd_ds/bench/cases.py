@@ -75,8 +75,8 @@ def why_not(backend: Backend, work: Workload) -> str:
 
 
 def computed_rows(backend_name: str, work: Workload) -> int:
-    """Rows that a backend's matmuls run over: `padded` pads every expert to the busiest, the others run over no padding."""
-    return len(work.load) * max(work.load) if backend_name == "padded" else sum(work.load)
+    """Rows that a backend's matmuls run over: `padded` and `tutel_dispatch` pad every expert to the busiest, others over no padding."""
+    return len(work.load) * max(work.load) if backend_name in ("padded", "tutel_dispatch") else sum(work.load)
 
 
 def gemm_case(work: Workload) -> Case:

@@ -6,6 +6,7 @@ bit for bit however its two or four ranks were started.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,9 @@ def pipeline_words(run: Path, phase: str = "pretrain_meta") -> list[str]:
 def login_environment() -> dict[str, str]:
     """What a user's shell sets on a host: the environment's python first, and this checkout."""
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-    return {"PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    tutel = importlib.util.find_spec("tutel")  # may lie in a folder of its own, since it is not on PyPI
+    packages = [ROOT, ROOT / "kernels", *([Path(tutel.origin).parents[1]] if tutel and tutel.origin else [])]
+    return {"PATH": path, "PYTHONPATH": ":".join(map(str, packages)), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def by_hand(run: Path, hostfile: Path, node: int, master: str, port: int) -> list[str]:

@@ -128,14 +128,16 @@ def _run_here(command: list[str], extra: Mapping[str, str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_experts_and_zero_2_spread_over_two_hosts(lab_of_four: Lab, out: Path) -> None:
+@pytest.mark.parametrize("backend", ["auto", pytest.param("tutel_dispatch", marks=pytest.mark.tutel)])
+def test_experts_and_zero_2_spread_over_two_hosts(lab_of_four: Lab, out: Path, backend: str) -> None:
     """Experts are halved over the hosts by one field, gradients by another; compared with the same two ranks on one host."""
     hostfile = lab_of_four.hostfile({"node1": 1, "node2": 1}, out / "experts")
     words = ["m2mkd.ep_size=2", "end_to_end.ep_size=2", "m2mkd.ds_config=zero2", "end_to_end.ds_config=zero2"]
-    run = write_run(out, "experts_2", words, hostfile=str(hostfile), steps=3)
-    log = out / "experts_2.log"
+    words += [f"student.moe.backend={backend}"]
+    run = write_run(out, f"{backend}_2", words, hostfile=str(hostfile), steps=3)
+    log = out / f"{backend}_2.log"
     finish(out, lab_of_four.launch("node1", jobs.pipeline_words(run, "baseline"), log, env=login_environment()), log=log)
-    one = write_run(out, "experts_1", words, steps=3)
+    one = write_run(out, f"{backend}_1", words, steps=3)
     module, *verb = train_words(one, "baseline")
     done = launch(module, verb, ranks=2, module=True, timeout_s=LIMIT_S)
     assert "crosses hosts" in log.read_text() and "crosses hosts" not in done.stdout
@@ -143,7 +145,7 @@ def test_experts_and_zero_2_spread_over_two_hosts(lab_of_four: Lab, out: Path) -
     assert curve(run, "baseline") == curve(one, "baseline")
     assert same_bits(run, one, "baseline")
     # Experts were really apart, and that changes rounding only.
-    whole = write_run(out, "experts_0", [word.replace("ep_size=2", "ep_size=1") for word in words], steps=3)
+    whole = write_run(out, f"{backend}_0", [word.replace("ep_size=2", "ep_size=1") for word in words], steps=3)
     module, *verb = train_words(whole, "baseline")
     launch(module, verb, ranks=2, module=True, timeout_s=LIMIT_S)
     apart, together = (load_file(folder / "baseline/weights.safetensors") for folder in (one, whole))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib.util
 import sys
 import weakref
 from collections.abc import Iterator
@@ -173,7 +174,7 @@ ROUTERS = {
     "batch priority": RouterConfig(capacity_factor=0.6, capacity_priority="batch"),
 }
 """Every preset (the noise would differ from call to call), and one that drops a lot."""
-BACKENDS = ("reference", "loop", "grouped", "padded", "fused")
+BACKENDS = ("reference", "loop", "grouped", "padded", "fused", *(["tutel_dispatch"] if importlib.util.find_spec("tutel") else []))
 
 
 def spread_and_whole(world: jobs.World, router: RouterConfig, backend: str, activation: Activation) -> float:

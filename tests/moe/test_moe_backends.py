@@ -15,6 +15,7 @@ from m2mkd_ds.moe.backends.auto_table import TABLE
 
 CPU = torch.device("cpu")
 NAMES = ["reference", "loop", "grouped", "padded", "fused"]
+WITH_TUTEL = [*NAMES, pytest.param("tutel_dispatch", marks=pytest.mark.tutel)]
 COUNTS = {
     "ragged": [3, 8, 1, 5],
     "empty first": [0, 4, 4, 1],
@@ -75,7 +76,7 @@ LABELS = ("out", "rows", "up", "up_bias", "down", "down_bias")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_TUTEL)
 def test_values_and_all_gradients_follow_fp64(name: str, activation: Activation) -> None:
     run = get_backend(name, device=CPU, dtype=torch.float32, dim=16, hidden=24, activation=activation).run
     for case, counts in COUNTS.items():
@@ -102,7 +103,7 @@ def test_fp64_agrees_to_rounding_and_passes_gradcheck(name: str, activation: Act
 
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0]], ids=["some", "none"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_TUTEL)
 def test_rows_of_nobody_change_no_bit(name: str, activation: Activation, counts: list[int]) -> None:
     run, owned = BACKENDS[name].run, sum(counts)
     alone = run_with_gradients(run, *make_inputs(counts, activation), torch.float32, activation)
@@ -119,7 +120,7 @@ def test_rows_of_nobody_change_no_bit(name: str, activation: Activation, counts:
         assert b.isfinite().all() and torch.equal(a, b), label
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_TUTEL)
 def test_experts_without_rows_get_exactly_zero_gradient(name: str) -> None:
     grads = run_with_gradients(BACKENDS[name].run, *make_inputs([0, 4, 0, 1]), torch.float32)[2:]
     for weight_grad in grads:
@@ -128,7 +129,7 @@ def test_experts_without_rows_get_exactly_zero_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_TUTEL)
 def test_a_second_run_and_a_second_backward_give_the_same_bits(name: str, activation: Activation) -> None:
     tensors, offsets, grad = make_inputs(COUNTS["ragged"], activation)
     first, second = (run_with_gradients(BACKENDS[name].run, tensors, offsets, grad, torch.float32, activation) for _ in range(2))
@@ -150,7 +151,7 @@ def test_reference_grouped_and_fused_agree_bit_by_bit_in_fp32_on_the_cpu(case: s
         assert torch.equal(backend.run(rows, offsets, ExpertWeights(up, up_b, down, down_b)), want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_TUTEL)
 def test_strided_rows_and_expanded_gradients_are_taken(name: str) -> None:
     tensors, offsets, _ = make_inputs(COUNTS["ragged"])
     ones = torch.ones(17, 16)
@@ -183,6 +184,12 @@ def test_the_reference_activations_by_hand() -> None:
     for backend in (reference, loop, padded, fused):
         out = backend.run(x, end, ExpertWeights(up, torch.zeros(1, 2, dtype=torch.double), one, zero, "swiglu"))
         torch.testing.assert_close(out.item(), -4.5 / (1 + 2.718281828459045**-3), rtol=1e-14, atol=0)
+
+
+def test_an_absent_tutel_is_a_refusal_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"moe.backend=tutel_dispatch cannot run here: Tutel is not installed; .* github.com/"):
+        get_backend("tutel_dispatch", device=CPU, dtype=torch.float32, dim=18, hidden=16)
 
 
 def test_refusals_say_why() -> None:

@@ -20,7 +20,7 @@ from m2mkd_ds.moe.dispatch import make_plan
 from m2mkd_ds.moe.experts import Experts
 from m2mkd_ds.moe.layer import MoELayer
 
-NAMES = ["reference", "loop", "grouped", "padded", "fused"]
+NAMES = ["reference", "loop", "grouped", "padded", "fused", pytest.param("tutel_dispatch", marks=pytest.mark.tutel)]
 
 
 def make_experts(name: str, num_experts: int = 5, activation: Activation = "gelu", dim: int = 16, hidden: int = 24) -> Experts:

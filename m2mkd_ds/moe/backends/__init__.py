@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from m2mkd_ds.moe.backends import fused, grouped, loop, padded, reference, triton
+from m2mkd_ds.moe.backends import fused, grouped, loop, padded, reference, triton, tutel_dispatch
 from m2mkd_ds.moe.backends.auto_table import find_row
 from m2mkd_ds.moe.backends.contract import Activation, Backend, ExpertWeights
 
@@ -24,6 +24,7 @@ BACKENDS: dict[str, Backend] = {
     "padded": cast(Backend, padded),
     "fused": cast(Backend, fused),
     "triton": cast(Backend, triton),
+    "tutel_dispatch": cast(Backend, tutel_dispatch),
 }
 
 
