@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2mkd_ds.checkpoint.atomic import StoreError, file_sha256, read_json, replacing, write_json_atomic
+from m2mkd_ds.checkpoint.finished import check_finished
 from m2mkd_ds.checkpoint.saves.commit import commit_checkpoint, latest_checkpoint
 from m2mkd_ds.checkpoint.saves.manifest import verify_checkpoint
 from m2mkd_ds.checkpoint.state.safetensors_stream import METADATA_KEY
@@ -63,9 +64,12 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 def read_weights(path: str | Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Read all tensors, or only those in `names` (nothing else is read from the disk), onto the CPU.
 
-    Raises StoreError for a missing or damaged file, or a name that it does not hold.
+    A whole file is compared with the done.json beside it first, where there is one. Raises StoreError for a missing or damaged file, or a
+    name that it does not hold.
     """
     with _opened(path) as file:
+        if names is None:
+            check_finished(Path(path))
         held = sorted(file.keys())
         wanted = held if names is None else list(names)
         missing = sorted(set(wanted) - set(held))

@@ -81,7 +81,8 @@ def check_divides(where: str, ep_size: int, world_size: int) -> None:
     """Refuse an ep_size that does not divide the ranks."""
     if ep_size < 1 or world_size % ep_size:
         allowed = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        raise ConfigError(f"{where} is {ep_size} and the job has {world_size} ranks; allowed are the divisors {allowed}")
+        alone = f"; start more ranks, for example with deepspeed --num_gpus {ep_size}" if world_size == 1 and ep_size > 1 else ""
+        raise ConfigError(f"{where} is {ep_size} and the job has {world_size} ranks; allowed are the divisors {allowed}{alone}")
 
 
 def check_expert_parallel(where: str, ep_size: int, *, num_experts: int | None, world_size: int | None, zero: Mapping[str, Any]) -> None:

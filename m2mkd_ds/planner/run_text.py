@@ -168,9 +168,11 @@ def _recommendation(phase: PhasePlan) -> str:
     best = phase.recommended
     if best is None or best.speed is None:
         return _paragraph(f"{phase.name}: {phase.why}.", "  ")
-    ep = f" ep_size={best.ep_size}" if phase.parameters.experts else ""
-    words = f"micro_batch_size={best.micro_batch_size} gradient_accumulation_steps={best.accumulation} ds_config={best.ds_config}{ep}"
-    return _paragraph(f"{phase.name}: {words}: {_rate(best.speed.images_per_s)} images/s; {phase.why}.", "  ")
+    fields = {"micro_batch_size": best.micro_batch_size, "gradient_accumulation_steps": best.accumulation, "ds_config": best.ds_config}
+    fields |= {"ep_size": best.ep_size} if phase.parameters.experts else {}
+    owner = "end_to_end" if phase.name == "baseline" else phase.name
+    words = " ".join(f"{owner}.{field}={value}" for field, value in fields.items())
+    return _paragraph(f"{phase.name}: --set {words}: {_rate(best.speed.images_per_s)} images/s; {phase.why}.", "  ")
 
 
 def _paragraph(text: str, indent: str = "") -> str:

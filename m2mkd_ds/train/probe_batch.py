@@ -70,7 +70,7 @@ def probe_batch(config: RunConfig, name: str, *, memory_bytes: int | None, headr
         raise ConfigError(f"--headroom is {headroom}; it is the share of the memory that stays free, from 0 to less than 1")
     unit = _unit(config)
     if most < unit:
-        raise ConfigError(f"--most is {most}; micro-batches of this run are multiples of {unit} (data.augment.mix_group)")
+        raise ConfigError(f"--most is {most}; give at least {unit}: micro-batches of this run are multiples of it (data.augment.mix_group)")
     limit = int((memory_bytes or _free_bytes()) * (1.0 - headroom))
     start = min(getattr(config, owner_of(name)).micro_batch_size, most)
 
@@ -196,7 +196,10 @@ def describe(found: Found, config: RunConfig, name: str) -> str:
     share = phase.micro_batch_size * phase.gradient_accumulation_steps
     gb = found.limit / 1e9
     if not found.micro_batch_size:
-        return f"{name}: not even micro_batch_size {min(t.micro_batch_size for t in found.tries)} fits into {gb:.2f} GB a rank"
+        return (
+            f"{name}: not even micro_batch_size {min(t.micro_batch_size for t in found.tries)} fits into {gb:.2f} GB a rank; "
+            "use ranks with more memory, more of them with a higher ZeRO stage or ep_size (`m2mkd plan` compares them), or a smaller model"
+        )
     peak = next(t.peak for t in found.tries if t.micro_batch_size == found.micro_batch_size)
     size = largest_divisor(share, found.micro_batch_size, _unit(config))
     used = f"{(peak or 0) / 1e9:.2f} of {gb:.2f} GB a rank"

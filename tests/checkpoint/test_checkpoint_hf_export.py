@@ -106,6 +106,26 @@ def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_folder_that_fails_its_check_or_is_interrupted_in_it_never_takes_its_place(tmp_path: Path, error: type[BaseException]) -> None:
+    model = make_model(stitches=STITCHES)
+    settings: dict[str, Any] = {"class_names": NAMES, "data": DATA, "license": "mit", "stitches": STITCHES}
+    checked: list[Path] = []
+    export_hf(model.state_dict(), model.arch, tmp_path / "out", check=checked.append, **settings)
+    old = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert checked[0].parent == tmp_path and checked[0] != tmp_path / "out"
+
+    def check(folder: Path) -> None:
+        assert (folder / "model.safetensors").is_file() and (folder / "manifest.json").is_file()
+        raise error("the logits differ")
+
+    for name in ("out", "new"):
+        with pytest.raises(error, match="the logits differ"):
+            export_hf({key: value + 1 for key, value in model.state_dict().items()}, model.arch, tmp_path / name, check=check, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == old
+
+
 def test_an_error_at_the_last_rename_puts_the_old_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = export(make_model(), tmp_path / "out")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2mkd_ds.checkpoint.store import save_weights, verify_checkpoint
+from m2mkd_ds.checkpoint.store import StoreError, file_sha256, read_weights, save_weights, verify_checkpoint
 from tests.checkpoint.checkpoint_maker import SHAPES, Bomb, make_checkpoint, make_state
 from tests.checkpoint.exported_models import export, make_model
 from tests.cli.ended import Run
@@ -119,6 +119,25 @@ def test_inspect_of_a_run_keeps_to_120_columns(m2mkd: Run, root: Path) -> None:
     lines = m2mkd("inspect", str(root.parent / "run")).out.splitlines()[1:]
     assert len(lines) == 3 and max(map(len, lines)) <= 120 and "2 ranks, ep 2, ZeRO-1" in lines[0]
     assert len({line.index("MiB") for line in lines}) == 1
+
+
+def test_a_flipped_bit_of_a_finished_result_is_found_by_its_record(m2mkd: Run, tmp_path: Path) -> None:
+    file = tmp_path / "end_to_end" / "weights.safetensors"
+    file.parent.mkdir()
+    save_weights(file, {"head.weight": torch.arange(64.0)})
+    assert "header good" in m2mkd("inspect", str(file)).out  # nobody vouches for it yet
+    entry = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    (file.parent / "done.json").write_text(json.dumps({"files": {file.name: entry}}))
+    good = m2mkd("inspect", str(file))
+    assert good.code == 0 and "verified" in good.out and read_weights(file)["head.weight"][5] == 5
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    for path in (file, tmp_path):
+        damaged = m2mkd("inspect", str(path))
+        assert damaged.code == 1 and "DAMAGED" in damaged.out and "has not the bytes that" in damaged.out
+    with pytest.raises(StoreError, match=r"weights\.safetensors: damaged, .*done\.json records; restore it from a copy"):
+        read_weights(file)
 
 
 @pytest.mark.parametrize("inside", [False, True])

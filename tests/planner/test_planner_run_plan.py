@@ -147,7 +147,7 @@ def test_text_is_narrow_and_json_has_every_setting() -> None:
     plan = plan_run(get_recipe("tiny"), TWO_RANKS, options(*SHOWN, largest=2))
     text = format_run_plan(plan)
     assert max(map(len, text.splitlines())) <= WIDTH == 120
-    assert all(f"  {name}: micro_batch_size=" in text for name in SHOWN)
+    assert all(f"  {name}: --set {name}.micro_batch_size=" in text for name in SHOWN)
     tree = plan_to_json(plan)
     assert tree["hours"] == pytest.approx(sum(phase["hours"] for phase in tree["phases"]))
     # 3 engine files x (1 or 2 ranks for experts) x micro-batches 1, 2.

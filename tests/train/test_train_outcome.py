@@ -215,6 +215,9 @@ def test_the_same_signal_again_ends_a_process_whose_main_thread_waits() -> None:
 def test_handlers_are_put_back_and_a_launcher_that_dies_asks_to_stop() -> None:
     launcher = subprocess.Popen(["sleep", "60"])
     process = seen(launcher.pid)
+    while isinstance(process, Process) and process.command != "sleep 60":  # Popen returns a moment before /proc has the new words
+        time.sleep(0.01)
+        process = seen(launcher.pid)
     assert isinstance(process, Process) and process.is_alive
     flag, before = StopFlag(), signal.getsignal(signal.SIGUSR1)
     with listening(flag, [process]):

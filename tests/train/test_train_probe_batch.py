@@ -90,7 +90,7 @@ def test_the_overrides_keep_the_images_a_step() -> None:
         (("--phase", "split"), "--phase split: only training has batches"),
         (("--phase", "m2mkd", "--headroom", "1"), "--headroom is 1.0"),
         (("--phase", "m2mkd", "--pair", "7"), "--pair 7: there are 2 pairs"),
-        (("--phase", "m2mkd", "--most", "1", "--set", "data.augment.mixup=0.8"), "are multiples of 2"),
+        (("--phase", "m2mkd", "--most", "1", "--set", "data.augment.mixup=0.8"), "give at least 2: micro-batches"),
     ],
 )
 def test_questions_without_an_answer_are_refused(m2mkd: Run, words: tuple[str, ...], message: str) -> None:  # noqa: F811

@@ -9,7 +9,7 @@ The way back is hf_load.py, the way to a hub hf_push.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ def export_hf(
     card: Mapping[str, Any] | None = None,
     dtype: str = "fp32",
     max_shard_size: str = "2GB",
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the folder `out` (an older export there is replaced) and return it.
 
     `weights`: canonical names, exactly those of VisionMoE(arch, whole model, stitches). `card`: what the model card says, see
-    `hf_card.write_card`. `dtype`: fp32 | bf16 | fp16; router weights stay fp32, the model computes with them in fp32.
-    Raises ValueError for weights, class names or data that do not fit, StoreError when the disk is full; then nothing is left.
+    `hf_card.write_card`. `dtype`: fp32 | bf16 | fp16; router weights stay fp32, the model computes with them in fp32. `check` gets the
+    finished folder before it takes its place, and may raise. Raises ValueError for weights, class names or data that do not fit,
+    StoreError when the disk is full; then nothing is left.
     """
     _check_fit(weights, arch, stitches, class_names, data, dtype)
     limit = parse_size(max_shard_size)
@@ -64,6 +66,8 @@ def export_hf(
         facts = {"name": Path(out).name, **(card or {})}
         write_card(folder / "README.md", arch, dtype=DTYPES[dtype][0], license=license, card=facts)
         write_manifest(folder)
+        if check is not None:
+            check(folder)
     return Path(out)
 
 

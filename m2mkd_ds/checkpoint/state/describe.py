@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd_ds.checkpoint.atomic import StoreError
+from m2mkd_ds.checkpoint.finished import check_finished
 from m2mkd_ds.checkpoint.hf.manifest import verify_manifest
 from m2mkd_ds.checkpoint.saves.manifest import FileRecord, check_file, read_manifest
 from m2mkd_ds.checkpoint.state.find import is_checkpoint
@@ -61,13 +62,14 @@ def describe_checkpoint(folder: Path) -> Tree:
 
 
 def describe_weights(path: Path) -> Tree:
-    """One safetensors file. Its header vouches for its length, not for its bytes."""
+    """One safetensors file. Its header vouches for its length, the done.json of a finished node beside it for its bytes."""
     try:
         file = TensorFile(path)
+        is_vouched = check_finished(path)
     except StoreError as err:
         return {"what": "weights", "path": str(path), "damage": [str(err)]}
     return {
-        "what": "weights", "path": str(path), "damage": [], "bytes": path.stat().st_size,
+        "what": "weights", "path": str(path), "damage": [], "is_vouched": is_vouched, "bytes": path.stat().st_size,
         "tensors": len(file.tensors), "elements": sum(info.shape.numel() for info in file.tensors.values()),
         "dtypes": dict(Counter(str(info.dtype).removeprefix("torch.") for info in file.tensors.values())),
         "modules": _by_module((name, info.shape.numel()) for name, info in file.tensors.items()),
@@ -161,7 +163,7 @@ def as_text(tree: Mapping[str, Any]) -> str:
 def _state(tree: Mapping[str, Any]) -> str:
     if tree["damage"]:
         return "DAMAGED"
-    return "header good" if tree["what"] == "weights" else "verified"
+    return "header good" if tree["what"] == "weights" and not tree["is_vouched"] else "verified"
 
 
 def _line(name: str, tree: Mapping[str, Any], width: int) -> str:
@@ -209,7 +211,13 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _dotted(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", _short(value)
+
+
+def _short(value: Any) -> str:
+    """The metadata of a rank's file list every parameter of the model; `--json` has all of it."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _mib(nbytes: int) -> str:

@@ -49,7 +49,8 @@ class StopRequested(Exception):  # noqa: N818  # no error: what was asked for
     exit_code = STOP_CODE
 
     def __init__(self, phase: str, step: int, why: str) -> None:
-        super().__init__(f"stopped on request in {phase} at step {step} ({why}); the same command goes on")
+        where = f"at step {step}" if step else "before a step of this launch"
+        super().__init__(f"stopped on request in {phase} {where} ({why}); the same command goes on")
         self.phase, self.step, self.why = phase, step, why
 
 

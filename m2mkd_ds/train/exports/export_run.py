@@ -49,7 +49,7 @@ def export_run(config: RunConfig, out: Path, *, what: str, dtype: str) -> Path:
 
 
 def export_model(ctx: RunContext, out: Path, *, what: str, dtype: str) -> Path:
-    """Write the folder, load it in a fresh process without this package, and compare logits on real validation images.
+    """Write the folder, load it in a fresh process without this package, compare logits on real validation images, and put it in place.
 
     Logits and the image processor's pixels must be equal bit for bit. Raises ValueError when they are not, ConfigError for a model
     that the run does not hold.
@@ -61,7 +61,19 @@ def export_model(ctx: RunContext, out: Path, *, what: str, dtype: str) -> Path:
     weights = read_weights(weights_file)
     stitches = () if what == "baseline" else student_stitches(ctx)
     names = ctx.config.export.class_names or ctx.train_index.class_names
-    folder = export_hf(
+    model = VisionMoE(ctx.student_arch, StageSpan.whole(ctx.student_arch.num_blocks), stitches=stitches, seed=None)
+    load_exact(model, {name: _as_stored(name, tensor, dtype) for name, tensor in weights.items()})
+    with closing(EvalLoader(ctx.val_index, ctx.config.data, batch_size=8, rank=0, world=1)) as loader:
+        images_BCHW = next(iter(loader)).images_BCHW
+    with torch.no_grad():
+        logits_BV = model.eval()(images_BCHW).output
+
+    def check(folder: Path) -> None:
+        result = check_export(folder, images_BCHW, logits_BV, picture=_picture(ctx))
+        logger.info("export: logits of the exported model equal the training code's bit for bit on %d images, and so do an image's "
+                    "pixels; pipeline works (%s)", len(images_BCHW), result["prediction"]["label"])  # fmt: skip
+
+    return export_hf(
         weights,
         ctx.student_arch,
         out,
@@ -72,17 +84,8 @@ def export_model(ctx: RunContext, out: Path, *, what: str, dtype: str) -> Path:
         card=card(ctx, what, scored_as, weights_file),
         dtype=dtype,
         max_shard_size=ctx.config.export.max_shard_size,
+        check=check,
     )
-    model = VisionMoE(ctx.student_arch, StageSpan.whole(ctx.student_arch.num_blocks), stitches=stitches, seed=None)
-    load_exact(model, {name: _as_stored(name, tensor, dtype) for name, tensor in weights.items()})
-    with closing(EvalLoader(ctx.val_index, ctx.config.data, batch_size=8, rank=0, world=1)) as loader:
-        images_BCHW = next(iter(loader)).images_BCHW
-    with torch.no_grad():
-        logits_BV = model.eval()(images_BCHW).output
-    result = check_export(folder, images_BCHW, logits_BV, picture=_picture(ctx))
-    logger.info("export: logits of the exported model equal the training code's bit for bit on %d images, and so do an image's pixels; "
-                "pipeline works (%s)", len(images_BCHW), result["prediction"]["label"])  # fmt: skip
-    return folder
 
 
 def _as_stored(name: str, tensor: Tensor, dtype: str) -> Tensor:

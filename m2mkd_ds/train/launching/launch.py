@@ -164,6 +164,7 @@ def run_launched(launch: LaunchConfig, verb: list[str], records: JobRecords, run
             _signal_group(process[0], signal.SIGTERM)
 
     with listening(stop, (), kill_job):
+        logger.info("starting the ranks; their first line may take half a minute")
         process.append(subprocess.Popen(command, env=environment, start_new_session=True))
         try:
             code = _wait(process[0], stop, ask_to_stop, patience_s)
