@@ -104,7 +104,7 @@ def test_in_line_an_error_is_raised_by_the_save_itself_and_no_thread_is_made(tmp
     state, saves = State(), committer(tmp_path, asynchronous=False)
     before = threading.active_count()
     saves.save(10, state.copy, {"step": 10})
-    assert newest(tmp_path) == (10, 0) and threading.active_count() == before
+    assert newest(tmp_path) == (10, 0) and threading.active_count() <= before
     state.fails = True
     with pytest.raises(StoreError, match="the disk is gone"):
         saves.save(20, state.copy, {"step": 20})
@@ -126,7 +126,7 @@ def test_a_rank_that_stops_for_another_error_does_not_wait_long_for_ranks_that_a
     began, threads = time.monotonic(), threading.active_count()
     problem = saves.close(patience_s=0.2)
     assert "no part came from ranks [1]" in problem and time.monotonic() - began < 10
-    assert threading.active_count() == threads - 1
+    assert threading.active_count() <= threads - 1
 
 
 def test_a_rank_that_does_not_see_the_commit_in_time_raises_alone(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(world: World, tmp_p
     # Step 12 is evaluated, too; 5 and 10 are not.
     assert kept(tmp_path) == {5: None, 10: None, 12: 0.4}
     assert engine.snapshots == 1  # later ones took over the memory of the first
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 class PowerCut:
