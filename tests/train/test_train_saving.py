@@ -399,7 +399,8 @@ def test_a_hundred_saves_and_resumes_of_an_engine_leave_nothing_behind(world: Wo
         saver.close()
         again = engine.full_state_dict()
         assert all(torch.equal(expected[name], again[name]) for name in expected)
-        assert seen[0][:3] == seen[1][:3]
+        # No more than before; what earlier tests of this process have left may go meanwhile.
+        assert all(later <= earlier for earlier, later in zip(seen[0][:3], seen[1][:3], strict=True))
         assert seen[1][3] - seen[0][3] < 16 << 20  # the state is 0.4 MB: each cycle keeping it would be 40 MB
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000109", "step-00000110"]
         engine.close()
