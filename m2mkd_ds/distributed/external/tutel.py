@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2mkd_ds.distributed.external.canonical import LayerShape, checked
-
-HOW_TO_GET = "Tutel is not on PyPI: install it from github.com/microsoft/tutel against this torch"
+from m2mkd_ds.moe.backends.tutel_dispatch import HOW_TO_GET
 
 
 def why_not(*, device: torch.device, dtype: torch.dtype) -> str:

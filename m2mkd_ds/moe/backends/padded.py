@@ -41,9 +41,13 @@ def run(rows_RD: Tensor, offsets_E: Tensor, weights: ExpertWeights) -> Tensor:
     to_slots, to_rows = (row_of_slot_N, used_EC.reshape(-1)), (slot_of_row_R, owned_R)
 
     x_ECD = _MaskedGather.apply(rows_RD, *to_slots, *to_rows).view(num_experts, capacity, weights.dim)
+    return _MaskedGather.apply(run_slots(x_ECD, weights).flatten(0, 1), *to_rows, *to_slots)
+
+
+def run_slots(x_ECD: Tensor, weights: ExpertWeights) -> Tensor:
+    """Every expert on its C slots, empty ones too: [E, C, D] -> [E, C, D], by batched matmuls."""
     z_ECG = torch.baddbmm(weights.up_bias_EG[:, None], x_ECD, weights.up_EGD.transpose(1, 2))
-    y_ECD = torch.baddbmm(weights.down_bias_ED[:, None], activate(z_ECG, weights.activation), weights.down_EDF.transpose(1, 2))
-    return _MaskedGather.apply(y_ECD.flatten(0, 1), *to_rows, *to_slots)
+    return torch.baddbmm(weights.down_bias_ED[:, None], activate(z_ECG, weights.activation), weights.down_EDF.transpose(1, 2))
 
 
 class _MaskedGather(torch.autograd.Function):

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2mkd_ds.moe.backends.contract import Activation, ExpertWeights, activate
+from m2mkd_ds.moe.backends.contract import Activation, ExpertWeights
+from m2mkd_ds.moe.backends.padded import run_slots
 
 NAME = "tutel_dispatch"
+HOW_TO_GET = "Tutel is not on PyPI: install it from github.com/microsoft/tutel against this torch"
 
 
 def why_not(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int, activation: Activation) -> str:
-    """Needs Tutel; on a CPU fp32."""
+    """Needs Tutel, and fp32: of all other types but fp16 Tutel makes fp32 on the way, and it keeps one set of kernels a process, those of
+    the type that came first."""
     if importlib.util.find_spec("tutel") is None:
-        return "Tutel is not installed; it is not on PyPI: install it from github.com/microsoft/tutel against this torch"
-    if device.type == "cpu" and dtype is not torch.float32:
-        return f"Tutel's CPU kernels have no {dtype}, only torch.float32"
-    if dtype is torch.float16 and dim % 2:
-        return f"Tutel's fp16 kernels take even widths only, given embed_dim {dim}"
+        return f"Tutel is not installed; {HOW_TO_GET}"
+    if dtype is not torch.float32:
+        return f"its kernels stand here for torch.float32 only, not {dtype}"
     return ""
 
 
@@ -36,13 +37,9 @@ def run(rows_RD: Tensor, offsets_E: Tensor, weights: ExpertWeights) -> Tensor:
 
     counts_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
     num_experts, capacity = counts_E.shape[0], int(counts_E.max())
-    if not capacity:  # the kernels take no empty buffer; every weight has a gradient of zeros all the same
-        capacity = 1
     kernels = _kernels(rows_RD, offsets_E, offsets_E - counts_E, capacity)
-    x_ECD = GatingEncoder.apply(kernels, rows_RD.contiguous()).view(num_experts, capacity, weights.dim).to(rows_RD.dtype)
-    z_ECG = torch.baddbmm(weights.up_bias_EG[:, None], x_ECD, weights.up_EGD.transpose(1, 2))
-    y_ECD = torch.baddbmm(weights.down_bias_ED[:, None], activate(z_ECG, weights.activation), weights.down_EDF.transpose(1, 2))
-    return GatingDecoder.apply(kernels, y_ECD.flatten(0, 1)).to(rows_RD.dtype)
+    x_ECD = GatingEncoder.apply(kernels, rows_RD.contiguous()).view(num_experts, capacity, weights.dim)
+    return GatingDecoder.apply(kernels, run_slots(x_ECD, weights).flatten(0, 1))
 
 
 def _kernels(rows_RD: Tensor, offsets_E: Tensor, starts_E: Tensor, capacity: int) -> Any:
