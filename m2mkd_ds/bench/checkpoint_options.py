@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from m2mkd_ds.bench import spelled
 
 Peer = Literal["ours", "ours_async", "torch_save", "dcp", "dcp_async"]
 PEERS: tuple[Peer, ...] = ("ours", "ours_async", "torch_save", "dcp", "dcp_async")
@@ -45,20 +46,8 @@ class CheckpointBench:
         """With `quick` spelled out."""
         if not self.quick:
             return self
-        plain = {field.name: field.default for field in fields(self)}
-        small: dict[str, Any] = {"mib": 48, "batch": 64, "repeats": 2}
-        # What was given beside --quick and is not the default counts.
-        return replace(self, **{name: value for name, value in small.items() if getattr(self, name) == plain[name]})
+        return spelled.with_quick(self, {"mib": 48, "batch": 64, "repeats": 2})
 
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""
-        words = ["m2mkd", "bench", "checkpoint"]
-        for field in fields(self):
-            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(flag)
-            else:
-                words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        return shlex.join(words)
+        return spelled.command("checkpoint", self)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from m2mkd_ds.bench import spelled
 
 Reader = Literal["decode_limit", "raw_read", "pil", "fast", "fast_device", "webdataset", "timm", "timm_prefetcher"]
 READERS: tuple[Reader, ...] = (
@@ -66,20 +67,8 @@ class LoaderBench:
         """With `quick` spelled out."""
         if not self.quick:
             return self
-        plain = {field.name: field.default for field in fields(self)}
-        small: dict[str, Any] = {"images": 128, "batch": 16, "repeats": 1, "workers": (0, 1)}
-        # What was given beside --quick counts.
-        return replace(self, **{name: value for name, value in small.items() if getattr(self, name) == plain[name]})
+        return spelled.with_quick(self, {"images": 128, "batch": 16, "repeats": 1, "workers": (0, 1)})
 
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""
-        words = ["m2mkd", "bench", "loader"]
-        for field in fields(self):
-            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(flag)
-            else:
-                words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        return shlex.join(words)
+        return spelled.command("loader", self)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from m2mkd_ds.bench import spelled
 
 Level = Literal["ffn", "layer", "a2a", "step"]
 LEVELS: tuple[Level, ...] = ("layer", "ffn", "a2a", "step")
@@ -98,9 +99,4 @@ class ExpertBench:
 
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""
-        words = ["m2mkd", "bench", "experts"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                words += ["--" + field.name.replace("_", "-"), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        return shlex.join(words)
+        return spelled.command("experts", self)

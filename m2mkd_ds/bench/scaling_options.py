@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from m2mkd_ds.bench import spelled
 
 Workload = Literal["m2mkd", "end_to_end"]
 Layout = Literal["zero1", "zero2", "zero2_ep"]
@@ -64,15 +65,4 @@ class ScalingBench:
 
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""
-        return shlex.join(["m2mkd", "bench", "scaling", *self.words()])
-
-    def words(self) -> list[str]:
-        """Flags that differ from the defaults."""
-        words: list[str] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            flag = "--" + field.name.replace("_", "-")
-            words += [flag] if value is True else [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        return words
+        return spelled.command("scaling", self)

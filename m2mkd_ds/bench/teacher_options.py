@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from m2mkd_ds.bench import spelled
 
 Peer = Literal["tcp", "ring", "gloo", "flight", "flight_joined", "flight_mtls", "shm", "remote", "remote_mtls"]
 PEERS: tuple[Peer, ...] = ("tcp", "ring", "gloo", "flight", "flight_joined", "flight_mtls", "shm", "remote", "remote_mtls")
@@ -78,20 +79,8 @@ class TeacherBench:
         """With `quick` spelled out."""
         if not self.quick:
             return self
-        plain = {field.name: field.default for field in fields(self)}
-        small: dict[str, Any] = {"images": 16, "batches": 6, "singles": 5, "rounds": 2, "steps": 6, "step_width": 64}
-        # What was given beside --quick counts.
-        return replace(self, **{name: value for name, value in small.items() if getattr(self, name) == plain[name]})
+        return spelled.with_quick(self, {"images": 16, "batches": 6, "singles": 5, "rounds": 2, "steps": 6, "step_width": 64})
 
     def command(self) -> str:
         """The command line that asks for this; defaults are left out."""
-        words = ["m2mkd", "bench", "teacher"]
-        for field in fields(self):
-            value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(flag)
-            else:
-                words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        return shlex.join(words)
+        return spelled.command("teacher", self)

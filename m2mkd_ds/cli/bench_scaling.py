@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from m2mkd_ds.bench import spelled
 from m2mkd_ds.bench.collective_time import timed_collectives
 from m2mkd_ds.bench.environment import describe
 from m2mkd_ds.bench.scaling import Measured, measure_job, to_json
@@ -52,7 +53,7 @@ def run_jobs(bench: ScalingBench) -> str:
 
     started = time.perf_counter()
     jobs: list[Measured] = []
-    words = replace(bench, out=None).words()
+    words = spelled.words(replace(bench, out=None))
     with tempfile.TemporaryDirectory(prefix="m2mkd_scaling_") as folder:
         for ranks in bench.resolved().ranks:
             file = Path(folder) / f"{ranks}.json"
