@@ -8,7 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from m2mkd_ds.teacher.shm import frames
 from m2mkd_ds.teacher.shm.client import ShmConnection
 from m2mkd_ds.teacher.shm.segment import SegmentView
 from m2mkd_ds.teacher.shm.server import ShmTransport
+from tests.left_over import open_files, running
 from tests.teacher.conftest import tiny_fingerprints
 
 LAYOUT = BatchLayout(micro_batch_size=4, accumulation=1, world=1)
@@ -81,15 +82,6 @@ def soon(fact: Callable[[], bool]) -> bool:
 
 def num_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-def open_files() -> set[tuple[str, str]]:
-    """(number, what it is) of every descriptor; sockets, pipes and memory have numbers of their own in it."""
-    found = set()
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the one by which they were listed
-            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
-    return found
 
 
 def same(one: Answer, other: Answer) -> bool:
@@ -161,16 +153,15 @@ def test_several_threads_share_a_link_and_later_ones_reuse_memory(sharing_servic
         assert wrong == [] and most_lanes <= 3
         # Two lanes more than before: for each, a thread, and 2 sockets, 2 numbers of the segment with the server, 1 with the client.
         assert threading.active_count() <= before[1] + 2 and num_fds() <= before[0] + 2 * 5
-        settled = num_fds()
+        settled = open_files()
         work(0)
-        assert num_fds() <= settled and link._pool.num_buffers <= 8
+        assert open_files() <= settled and link._pool.num_buffers <= 8
 
 
 def test_nothing_is_left_after_close_and_stop(sharing_service: MakeService, tmp_path: Path, hello: Hello) -> None:
     service = sharing_service()
     service.get(request(service, hello, 0))  # opens the shards
-    # As sets: what earlier tests of this process have left to the garbage collector may go meanwhile.
-    files, threads = open_files(), set(threading.enumerate())
+    files, threads = open_files(), running()
     with serving(service, tmp_path / "t.sock") as transport:
         assert stat.S_IMODE(os.stat(tmp_path / "t.sock").st_mode) == 0o600
         with linked(transport) as link:
@@ -178,7 +169,7 @@ def test_nothing_is_left_after_close_and_stop(sharing_service: MakeService, tmp_
             answer = link.get(request(service, hello, 0), 5.0)
             assert transport.num_bytes == ANSWER_BYTES
         assert soon(lambda: transport.num_lanes == 0) and transport.num_bytes == 0
-    assert open_files() <= files and set(threading.enumerate()) <= threads and list(tmp_path.iterdir()) == []
+    assert open_files() <= files and running() <= threads and list(tmp_path.iterdir()) == []
     assert answer.tensors["targets"].sum() == pytest.approx(4.0)  # class probabilities of four images: still there
     with pytest.raises(LinkError, match="nobody listens there") as nobody:
         ShmConnection(transport.endpoint).status(1.0)
