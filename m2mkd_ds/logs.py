@@ -146,7 +146,10 @@ class MetricsWriter:
 
 
 def _replaced(path: Path, lines: list[str]) -> TextIO:
-    """The file with these lines instead, open for more; bytes and name are on the disk, so that a power cut brings no old one back."""
+    """The file with these lines instead, open for more; bytes and name are on the disk, so that a power cut brings no old one back.
+
+    As `checkpoint.atomic.replacing`, which a room that everyone imports may not import.
+    """
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
         file.writelines(line + "\n" for line in lines)

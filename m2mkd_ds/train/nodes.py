@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd_ds import __version__
-from m2mkd_ds.checkpoint.store import file_sha256, read_json, write_json_atomic
+from m2mkd_ds.checkpoint.finished import DONE, read_done
+from m2mkd_ds.checkpoint.store import file_sha256, write_json_atomic
 from m2mkd_ds.config import ConfigError, DataConfig, RunConfig, TeacherConfig, to_dict
 from m2mkd_ds.teacher.stored.logit_files import read_manifest
 from m2mkd_ds.train.batch import batch_change, expected_ranks, is_layout, layout_of_images
@@ -205,12 +206,6 @@ def output_hashes(root: Path, name: str) -> dict[str, str]:
     return {path: entry["sha256"] for path, entry in done["files"].items()}
 
 
-def read_done(folder: Path) -> dict[str, Any] | None:
-    """The done record of a finished node (or pair), else None. Raises StoreError for a damaged one."""
-    file = folder / "done.json"
-    return read_json(file, if_damaged="delete it, and the node runs again") if file.is_file() else None
-
-
 def is_done(folder: Path, node: Node, config: RunConfig, print_: str, ranks: int) -> bool:
     """Whether the folder holds a finished result for the fingerprint `print_` and the batch that a job of `ranks` ranks would use."""
     done = read_done(folder)
@@ -229,7 +224,7 @@ def missing_files(folder: Path, done: Mapping[str, Any]) -> list[str]:
 
 def withdraw_done(folder: Path) -> None:
     """Remove the record of an output that is about to be replaced: stopped half-way, it must not vouch for the new files."""
-    (folder / "done.json").unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
 
 
 def write_done(folder: Path, node: Node, config: RunConfig, print_: str, files: list[Path], **facts: Any) -> None:
@@ -246,7 +241,7 @@ def write_done(folder: Path, node: Node, config: RunConfig, print_: str, files: 
         "commit": source_commit(),
         **facts,
     }
-    write_json_atomic(folder / "done.json", record)
+    write_json_atomic(folder / DONE, record)
 
 
 def versions() -> dict[str, str]:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from m2mkd_ds.checkpoint.finished import read_done
 from m2mkd_ds.checkpoint.store import StoreError, latest_checkpoint
 from m2mkd_ds.config import ConfigError
 from m2mkd_ds.distributed.world import World, barrier, broadcast_object
 from m2mkd_ds.logs import logger
 from m2mkd_ds.train.job import Job, Trainee
-from m2mkd_ds.train.nodes import read_done, versions
+from m2mkd_ds.train.nodes import versions
 from m2mkd_ds.train.saving import rng_of, schedule_of
 
 

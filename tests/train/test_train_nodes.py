@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from m2mkd_ds.checkpoint.atomic import StoreError
+from m2mkd_ds.checkpoint.finished import read_done
 from m2mkd_ds.config import ConfigError, RunConfig, apply_overrides
 from m2mkd_ds.distributed.world import World
 from m2mkd_ds.recipes import get_recipe
@@ -24,7 +25,6 @@ from m2mkd_ds.train.nodes import (
     is_done,
     node_state,
     output_hashes,
-    read_done,
     relevant_config,
     write_done,
 )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from m2mkd_ds.checkpoint.finished import read_done
 from m2mkd_ds.checkpoint.mapping import load_exact
 from m2mkd_ds.checkpoint.store import read_weights, write_json_atomic
 from m2mkd_ds.config import ConfigError
@@ -30,7 +31,7 @@ from m2mkd_ds.train.context import RunContext, load_meta, load_teacher_stages
 from m2mkd_ds.train.ending.stopping import stop_requested
 from m2mkd_ds.train.evaluation.evaluate import EvaluationAbandoned, Output, Score, paired_interval
 from m2mkd_ds.train.loop import NonFiniteLossError
-from m2mkd_ds.train.nodes import Node, read_done, withdraw_done, write_done
+from m2mkd_ds.train.nodes import Node, withdraw_done, write_done
 from m2mkd_ds.train.phases.end_to_end import student_stitches
 from m2mkd_ds.train.phases.jobs import run_evaluation, scored
 from m2mkd_ds.train.steps import unpack

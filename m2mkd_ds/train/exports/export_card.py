@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from m2mkd_ds.checkpoint.finished import read_done
 from m2mkd_ds.checkpoint.store import read_json, read_metadata
 from m2mkd_ds.config import to_dict
 from m2mkd_ds.train.context import RunContext
-from m2mkd_ds.train.nodes import build_dag, read_done
+from m2mkd_ds.train.nodes import build_dag
 
 _TEACHER_FIELDS = ("arch", "arch_args", "depths", "source")
 """The others say where teachers are served: addresses, certificates, tokens' files."""

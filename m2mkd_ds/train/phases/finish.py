@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from m2mkd_ds.checkpoint.finished import read_done
 from m2mkd_ds.checkpoint.saves.retention import prune
 from m2mkd_ds.checkpoint.store import save_weights
 from m2mkd_ds.distributed.world import barrier
@@ -16,7 +17,7 @@ from m2mkd_ds.logs import logger
 from m2mkd_ds.train.context import RunContext
 from m2mkd_ds.train.job import Trainee
 from m2mkd_ds.train.lineage import lineage
-from m2mkd_ds.train.nodes import Node, is_done, read_done, withdraw_done, write_done
+from m2mkd_ds.train.nodes import Node, is_done, withdraw_done, write_done
 from m2mkd_ds.train.phases.jobs import result_weights
 
 
