@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,12 @@ from typing import Any
 
 import pytest
 
+from tests.left_over import running
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFERRED_MARKERS = ("slow", "multinode")
+OUR_THREADS = ("teacher-", "m2mkd-", "shm-", "flight ", "shards ahead", "metrics-page", "finish ", "checksums", "export_", "checkpoint_")
+"""How the names of the threads that the package starts begin."""
 DEAD_PROXY = "http://127.0.0.1:9"  # the discard port: a child process that tries the network fails at once
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -108,6 +113,17 @@ def package_log() -> Iterator[None]:
     _reset_log()
     yield
     _reset_log()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """A thread that outlives its test works on in those that follow, and is counted in them."""
+    before = running()
+    yield
+    until = time.monotonic() + 5
+    while left := [thread for thread in running() - before if thread.name.startswith(OUR_THREADS)]:
+        assert time.monotonic() < until, f"threads outlive the test: {[thread.name for thread in left]}"
+        time.sleep(0.01)
 
 
 def _reset_log() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from m2mkd_ds.bench import live_memory
 from m2mkd_ds.bench.live_memory import resident_peak, watch, windows
 from m2mkd_ds.bench.memory_rows import Measured, MemoryRow, from_windows, render, verdict
 from m2mkd_ds.cli import main
@@ -53,19 +55,44 @@ def test_a_window_has_the_total_at_its_mark_and_the_most_until_the_next() -> Non
     assert live.peaks == [("start", 0, 1_000_000), ("a", 1_000_000, 3_000_000), ("b", 1_000_000, 1_000_000)]
 
 
-def test_changes_are_taken_in_the_order_of_time() -> None:
-    def change(at: int, num_bytes: int) -> dict[str, object]:
-        return {"name": "[memory]", "ts": at, "args": {"Bytes": num_bytes}}
-
-    events = [change(5, -10), change(1, 30), {"name": "m2mkd/mark/x", "ts": 3}, change(4, 25), {"name": "aten::add", "ts": 2}]
-    assert windows(events) == [("start", 0, 30), ("x", 30, 55)]
+def change(at: int, num_bytes: int, total: int) -> dict[str, object]:
+    return {"name": "[memory]", "ts": at, "args": {"Bytes": num_bytes, "Total Allocated": total}}
 
 
-def test_the_first_step_is_not_looked_at_and_what_the_total_creeps_upwards_is_taken_off() -> None:
-    marks = [("start", 0, 5), ("step 0", 3, 99), ("step 1", 4, 7), ("step 2", 6, 8), ("evaluate", 6, 20)]
+def mark(at: int, name: str) -> dict[str, object]:
+    return {"name": f"m2mkd/mark/{name}", "ts": at, "dur": 2}
+
+
+def test_changes_are_taken_in_the_order_of_time_with_what_other_threads_did_in_between() -> None:
+    events = [
+        change(13, -10, 145), change(4, 30, 130), mark(9, "x"), {"name": "aten::add", "ts": 2}, change(10, 4, 84), change(10, -4, 80),
+        change(12, 75, 155), mark(1, "start"), change(2, 4, 104), change(2, -4, 100),
+    ]  # fmt: skip
+    # 100 before the start; another thread released 50 of 130 before the mark x.
+    assert windows(events) == [("start", 0, 30), ("x", -20, 55)]
+
+
+def test_a_release_of_another_thread_counts() -> None:
+    with watch() as live:
+        for name in "abc":
+            live.mark(name)
+            borrowed = [MEGABYTE.clone()]
+            thread = threading.Thread(target=borrowed.clear)
+            thread.start()
+            thread.join()
+    assert live.peaks == [("start", 0, 0), *((name, 0, 1_000_000) for name in "abc")]
+
+
+def test_memory_is_not_watched_where_a_release_of_another_thread_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_memory, "_COUNT_ALL", "FLAGS_of_another_build")
+    with pytest.raises(RuntimeError, match="was built without FLAGS_of_another_build"), watch():
+        pass
+
+
+def test_the_first_step_is_not_looked_at() -> None:
+    marks = [("start", 0, 5), ("step 0", 3, 99), ("step 1", 4, 7), ("step 2", 4, 8), ("evaluate", 4, 20)]
     found = from_windows(marks, resident_peak=1, resident_before=None)
-    # Step 1 began at 4 and ended at 6: of its 7, one is its own. Step 2 has two above its 6. The lowest end is 4.
-    assert (found.steps_peak, found.between_steps, found.start_peak, found.end_peak) == (4 + 2, 4, 5, 20)
+    assert (found.steps_peak, found.between_steps, found.start_peak, found.end_peak) == (8, 4, 5, 20)
     with pytest.raises(ValueError, match="three steps and an evaluation are needed"):
         from_windows(marks[:3], None, None)
 

@@ -80,10 +80,6 @@ def soon(fact: Callable[[], bool]) -> bool:
     return fact()
 
 
-def num_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def same(one: Answer, other: Answer) -> bool:
     equal = [torch.equal(tensor, other.tensors[name]) and tensor.dtype == other.tensors[name].dtype for name, tensor in one.tensors.items()]
     return one.head == other.head and list(one.tensors) == list(other.tensors) and all(equal)
@@ -142,7 +138,7 @@ def test_several_threads_share_a_link_and_later_ones_reuse_memory(sharing_servic
         wanted = [request(service, hello, step) for step in range(4)]
         expected = [local.get(one, 5.0) for one in wanted]
         work(0)
-        before = (num_fds(), threading.active_count())
+        before = (open_files(), running())
         threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
         for thread in threads:
             thread.start()
@@ -152,7 +148,7 @@ def test_several_threads_share_a_link_and_later_ones_reuse_memory(sharing_servic
             time.sleep(0.005)
         assert wrong == [] and most_lanes <= 3
         # Two lanes more than before: for each, a thread, and 2 sockets, 2 numbers of the segment with the server, 1 with the client.
-        assert threading.active_count() <= before[1] + 2 and num_fds() <= before[0] + 2 * 5
+        assert len(running() - before[1]) <= 2 and len(open_files() - before[0]) <= 2 * 5
         settled = open_files()
         work(0)
         assert open_files() <= settled and link._pool.num_buffers <= 8

@@ -67,22 +67,24 @@ class RemoteEvalLoader:
         self.close()
         if not self._numbers:
             return
-        self._open = AnswerStream(
+        stream = self._open = AnswerStream(
             self._hello, self._numbers, self._start_of, self._config, self._connect, None, self._expect, self._receive, Pace()
         )  # fmt: skip
-        for number in self._numbers:
-            answer, wait_s = self._open.take()
-            # `slots` only has to be as long as the batch; the numbers of the samples follow.
-            samples = self._samples(number)
-            batch = worker_batch(answer, BatchRequest(number, 0, range(len(samples)), (0,), False))
-            finished = self._finish(batch, wait_s)
-            yield ImageBatch(
-                finished.images_BCHW.clone(), finished.targets_BV.clone(), batch.labels_B.clone(), torch.tensor(samples), number, 0,
-                fallbacks=batch.fallbacks, wait_s=wait_s,
-            )  # fmt: skip
-            if self._device.type == "cpu":  # copies to a GPU may still be queued; then the memory goes with the answer
-                answer.release()
-        self.close()
+        try:
+            for number in self._numbers:
+                answer, wait_s = stream.take()
+                # `slots` only has to be as long as the batch; the numbers of the samples follow.
+                samples = self._samples(number)
+                batch = worker_batch(answer, BatchRequest(number, 0, range(len(samples)), (0,), False))
+                finished = self._finish(batch, wait_s)
+                yield ImageBatch(
+                    finished.images_BCHW.clone(), finished.targets_BV.clone(), batch.labels_B.clone(), torch.tensor(samples), number, 0,
+                    fallbacks=batch.fallbacks, wait_s=wait_s,
+                )  # fmt: skip
+                if self._device.type == "cpu":  # copies to a GPU may still be queued; then the memory goes with the answer
+                    answer.release()
+        finally:  # also where a server refuses, or whoever reads stops early
+            stream.close()
 
     def close(self) -> None:
         """End threads and connections."""
