@@ -255,6 +255,17 @@ def test_known_errors_are_one_line_and_their_own_code_here_and_in_a_jobs_records
     assert exit_code(error) == code
 
 
+def test_a_stop_that_another_process_tells_leaves_the_code_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = StopRequested("m2mkd", 8, "SIGTERM")
+    stopped.is_told = True
+
+    def stop(**_: object) -> None:
+        raise stopped
+
+    monkeypatch.setattr(app, "cli", stop)
+    assert run("train", "x") == (75, "", "")
+
+
 def test_an_error_that_nobody_foresaw_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: object) -> None:
         raise RuntimeError("a bug")

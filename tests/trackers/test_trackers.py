@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
+import os
 import sqlite3
 import subprocess
 import sys
@@ -233,3 +235,19 @@ def test_the_file_of_metrics_is_written_without_any_tracker(tmp_path: Path) -> N
     writer.write({"step": 1, "loss": 2.0})
     writer.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_line_that_cannot_be_amended_stays_and_the_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", resume_step=0)
+    writer.write({"step": 1, "loss": 2.0})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "replace", full)
+        writer.amend({"step": 1, "top1": 50.0})
+    writer.write({"step": 2, "loss": 1.0})
+    writer.amend({"step": 2, "top1": 60.0})
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "top1": 60.0}]

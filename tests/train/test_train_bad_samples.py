@@ -5,6 +5,7 @@ Two ranks, the loop and the loader are in test_train_kill_resume.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,25 @@ def test_uses_are_listed_and_different_samples_are_counted(world: World, tmp_pat
          "position": position, "substitute": sample + 1, "message": f"sample {sample} is damaged"}
         for step, kind, shard, sample, position in ((3, "undecodable", 0, 7, 40), (3, "checksum", 2, 9, 41), (8, "undecodable", 0, 7, 140))
     ]  # fmt: skip
+
+
+def test_what_is_listed_is_on_the_disk_before_a_checkpoint_of_its_step_can_be(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bads = new_list(world, tmp_path)
+    bads.add(1, [bad(7)])
+    forced: list[int] = []
+    real = os.fsync
+
+    def fsync(number: int) -> None:
+        forced.append(os.fstat(number).st_ino)
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    bads.add(2, [bad(8)])
+    assert forced == [bads.file.stat().st_ino]
+    monkeypatch.undo()
+    bads.close()
 
 
 def test_past_the_cap_the_list_is_written_before_the_error(world: World, tmp_path: Path) -> None:

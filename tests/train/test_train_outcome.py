@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from m2mkd_ds.config import LaunchConfig, WatchConfig
+from m2mkd_ds.distributed.start.rendezvous import GivenUpError
 from m2mkd_ds.distributed.watch.processes import Process, seen, start_time
 from m2mkd_ds.distributed.watch.records import Failure, Heartbeat, failure_file, heartbeat_file, read_failures, write_record
 from m2mkd_ds.distributed.world import World
+from m2mkd_ds.train import run_phase
 from m2mkd_ds.train.ending.closed_output import outliving_readers
 from m2mkd_ds.train.ending.guard import _Guard, exit_code, guarded
 from m2mkd_ds.train.ending.outcome import FILE_NAME, JobRecords, Outcome, read_outcome, write_outcome
@@ -301,3 +303,21 @@ def test_a_loss_that_is_no_number_ends_a_run_with_77_and_a_record_of_its_slots(t
     outcome = read_outcome(tmp_path / "nan" / PHASE)
     assert outcome is not None
     assert (outcome.state, outcome.exit_code, outcome.step, outcome.launcher) == ("failed", 77, 2, "none")
+
+
+def test_a_stop_before_the_job_is_joined_is_a_stop_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stop_config(tmp_path, "early")
+
+    def give_up(*_: object, give_up: StopFlag, **__: object) -> World:
+        os.kill(os.getpid(), signal.SIGTERM)  # while the others are waited for
+        deadline = time.monotonic() + 20
+        while not give_up():  # a thread of the listener sets it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        raise GivenUpError("stopped before the job was joined")
+
+    monkeypatch.setattr(run_phase, "init_world", give_up)
+    told = r"stopped on request in pretrain_meta before a step of this launch \(SIGTERM.*\); the same command goes on"
+    with pytest.raises(StopRequested, match=told) as stopped:
+        run_phase.run_phases(config, ["pretrain_meta"])
+    assert not stopped.value.is_told
