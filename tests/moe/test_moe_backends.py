@@ -101,7 +101,7 @@ def test_fp64_agrees_to_rounding_and_passes_gradcheck(name: str, activation: Act
     assert torch.autograd.gradcheck(lambda rows, a, b, c, d: run(rows, offsets, ExpertWeights(a, b, c, d, activation)), leaves)
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0]], ids=["some", "none"])
+@pytest.mark.parametrize("counts", [[3, 0, 5], [5, 0, 2], [0, 0, 0]], ids=["most last", "most first", "none"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("name", WITH_TUTEL)
 def test_rows_of_nobody_change_no_bit(name: str, activation: Activation, counts: list[int]) -> None:
@@ -190,6 +190,13 @@ def test_an_absent_tutel_is_a_refusal_that_says_how_to_get_it(monkeypatch: pytes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"moe.backend=tutel_dispatch cannot run here: Tutel is not installed; Tutel is not on PyPI"):
         get_backend("tutel_dispatch", device=CPU, dtype=torch.float32, dim=18, hidden=16)
+
+
+def test_tutels_kernels_are_refused_where_they_would_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(ValueError, match=f"its kernels stand here for torch.float32 only, not {dtype}"):
+            get_backend("tutel_dispatch", device=CPU, dtype=dtype, dim=16, hidden=16)
 
 
 def test_refusals_say_why() -> None:
