@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from m2mkd_ds.logs import logger
@@ -134,14 +135,14 @@ class FlightTransport:
                 with self._answer(ticket) as answer:
                     frame = codec.encode(answer, PIECE_BYTES)
                     call.moved, call.sending = time.monotonic(), True
-                    parts: list[bytes | memoryview] = [frame.head, *frame.pieces]
-                    for part in parts:
+                    parts = frame.parts()
+                    for part in islice(parts, frame.num_parts - 1):
                         yield to_batch(part)
                         call.moved = time.monotonic()
                         if self._hard.is_set():
                             raise ConnectionAbortedError("the server stops")
                 # Not under the lease: who has the tail may ask for the next answer, and shall not be told that this one is in flight.
-                yield to_batch(frame.tail)
+                yield to_batch(next(parts))
         except FeedError as err:
             yield to_batch(pack_refusal(err))
 

@@ -80,20 +80,29 @@ class Frame:
 
     head: bytes
     pieces: tuple[memoryview, ...]
-    tail: bytes
+    num_bytes: int
+    """Of all pieces."""
+
+    @property
+    def num_parts(self) -> int:
+        """Head, pieces, tail."""
+        return len(self.pieces) + 2
 
     def parts(self) -> Iterator[bytes | memoryview]:
-        """Head, pieces, tail: what a transport sends, in order."""
+        """What a transport sends, in order. A piece is summed when it is asked for: whoever sends it then finds it in the cache."""
+        sums = [checksum(self.head)]
         yield self.head
-        yield from self.pieces
-        yield self.tail
+        for piece in self.pieces:
+            sums.append(checksum(piece))
+            yield piece
+        yield tail_bytes(sums, self.num_bytes)
 
 
 def encode(answer: Answer, chunk_bytes: int = CHUNK_BYTES) -> Frame:
     """Frame of an answer; copies nothing. Raises ValueError as `head_of` does."""
     framed, packed = _head_of(answer, chunk_bytes)
     pieces = tuple(memoryview(room) for room in _rooms(framed, answer.tensors))  # type: ignore[arg-type]  # numpy arrays are buffers
-    return Frame(packed, pieces, tail_bytes([checksum(packed), *(checksum(piece) for piece in pieces)], answer.num_bytes))
+    return Frame(packed, pieces, answer.num_bytes)
 
 
 def head_of(answer: Answer, chunk_bytes: int = CHUNK_BYTES) -> bytes:
