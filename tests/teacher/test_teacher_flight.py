@@ -25,6 +25,7 @@ from m2mkd_ds.teacher.protocol.connection import LocalConnection
 from m2mkd_ds.teacher.protocol.wire import Answer, FeedError, GetBatch, Golden, LinkError
 from m2mkd_ds.teacher.server.admission import Lease
 from m2mkd_ds.teacher.server.service import TeacherService
+from tests.left_over import running
 from tests.teacher.conftest import LIMITS
 from tests.teacher.flight_tools import hello_of, make_pki, pad_answers, request_of
 
@@ -260,11 +261,13 @@ def drained(stream: Any) -> str:
 def test_stopping_is_bounded_when_a_client_reads_nothing(make_service: MakeService, listen: Any) -> None:
     service = make_service()
     pad_answers(service, 48)
+    before = running()
     transport = listen(service)
     stream = stalled_stream(transport, request_of(connect(transport).hello(hello_of(service), 5.0)))
     start = time.monotonic()
     transport.stop(0.3)
     assert time.monotonic() - start < 3.0
+    assert not [thread for thread in running() - before if thread.name.startswith("flight ")]
     assert "Socket closed" in drained(stream)
 
 
