@@ -261,14 +261,25 @@ def drained(stream: Any) -> str:
 def test_stopping_is_bounded_when_a_client_reads_nothing(make_service: MakeService, listen: Any) -> None:
     service = make_service()
     pad_answers(service, 48)
-    before = running()
     transport = listen(service)
     stream = stalled_stream(transport, request_of(connect(transport).hello(hello_of(service), 5.0)))
     start = time.monotonic()
     transport.stop(0.3)
     assert time.monotonic() - start < 3.0
-    assert not [thread for thread in running() - before if thread.name.startswith("flight ")]
     assert "Socket closed" in drained(stream)
+
+
+def test_a_stopped_server_has_no_thread_left(make_service: MakeService, listen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(self: FlightTransport) -> None:
+        self._hard.wait()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(FlightTransport, "_watch", slow)
+    before = running()
+    transport = listen(make_service())
+    assert [thread.name for thread in running() - before] == ["flight stalls"]
+    transport.stop(0.0)
+    assert not [thread for thread in running() - before if thread.name.startswith("flight ")]
 
 
 def test_a_client_that_reads_nothing_is_cut_off_and_others_go_on(make_service: MakeService, listen: Any) -> None:
