@@ -22,7 +22,7 @@ from m2mkd_ds.bench.checkpoint_options import CheckpointBench
 from m2mkd_ds.bench.checkpoint_peers import Saver, make_saver
 from m2mkd_ds.bench.environment import describe
 from m2mkd_ds.bench.measure import Spread
-from m2mkd_ds.checkpoint.atomic import replacing, write_json_atomic
+from m2mkd_ds.bench.result_files import markdown_head, markdown_table, write_result
 from m2mkd_ds.config import PhaseConfig
 from m2mkd_ds.distributed.ds_config import resolve_ds_config
 from m2mkd_ds.distributed.engine import DeepSpeedEngine
@@ -202,14 +202,7 @@ def _verdict_line(verdict: dict[str, Any]) -> str:
 
 def write_files(result: dict[str, Any], rows: list[CheckpointRow], folder: Path) -> list[Path]:
     """checkpoint_DEVICE.json and .md; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_file, markdown = (folder / f"checkpoint_{result['device']}.{suffix}" for suffix in ("json", "md"))
-    write_json_atomic(json_file, result)
-    lines = [f"# Saving: {result['environment']['device']}", "", f"`{result['command']}` ({headline(result)})", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in result["environment"].items() if value is not None), ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
-    lines += ["| " + " | ".join(_cells(result, row)) + " |" for row in rows]
+    lines = markdown_head(f"Saving: {result['environment']['device']}", result, headline(result))
+    lines += markdown_table(HEADINGS, (_cells(result, row) for row in rows))
     lines += ["", *(f"- {_verdict_line(verdict)}" for verdict in result["verdicts"]), ""]
-    with replacing(markdown) as temp:
-        temp.write_text("\n".join(lines), encoding="utf-8")
-    return [json_file, markdown]
+    return write_result(folder, f"checkpoint_{result['device']}", result, "\n".join(lines))

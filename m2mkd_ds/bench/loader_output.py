@@ -12,7 +12,7 @@ from rich.table import Table
 
 from m2mkd_ds.bench.loader_plot import draw
 from m2mkd_ds.bench.loader_rows import PEERS, LoaderRow, Range, Verdict, verdicts
-from m2mkd_ds.checkpoint.atomic import replacing, write_json_atomic
+from m2mkd_ds.bench.result_files import markdown_head, markdown_table, write_result
 
 SCHEMA = "m2mkd bench loader 1"
 """Stands in every result; a change of the fields' meaning is a new number. Fields: docs/benchmarks.md."""
@@ -48,36 +48,19 @@ def render(result: dict[str, Any], rows: Sequence[LoaderRow]) -> str:
 
 def write_files(result: dict[str, Any], rows: Sequence[LoaderRow], folder: Path) -> list[Path]:
     """loader_cpu.json, .md and .svg; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_file, markdown, picture = (folder / f"loader_{result['device']}.{suffix}" for suffix in ("json", "md", "svg"))
-    write_json_atomic(json_file, result)
-    with replacing(markdown) as temp:
-        temp.write_text(to_markdown(result, rows, picture.name), encoding="utf-8")
-    with replacing(picture) as temp:
-        temp.write_text(draw(rows), encoding="utf-8")
-    return [json_file, markdown, picture]
+    stem = f"loader_{result['device']}"
+    return write_result(folder, stem, result, to_markdown(result, rows, f"{stem}.svg"), draw(rows))
 
 
 def to_markdown(result: dict[str, Any], rows: Sequence[LoaderRow], picture: str) -> str:
     """The same tables with where they come from."""
-    environment = result["environment"]
-    lines = [
-        f"# Input pipeline: {environment['cpu']}",
-        "",
-        f"`{result['command']}` ({headline(result)})",
-        "",
-        ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
-        "",
+    lines = markdown_head(
+        f"Input pipeline: {result['environment']['cpu']}", result, headline(result),
         "How to read this: [benchmarks.md](../benchmarks.md). Median (smallest to largest) of the rounds.",
-        "",
-        f"![images per CPU second by reader and number of workers]({picture})",
-        "",
-    ]
+        ("images per CPU second by reader and number of workers", picture),
+    )  # fmt: skip
     for recipe, group in by_recipe(rows):
-        lines += [f"## {title(recipe, group)}", ""]
-        lines += ["| " + " | ".join(heading for heading, _ in COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in group]
-        lines.append("")
+        lines += [f"## {title(recipe, group)}", "", *markdown_table([name for name, _ in COLUMNS], map(cells, group)), ""]
     lines += [*(f"- {line}" for line in notes(rows)), "", "## Targets", "", *(f"- {line}" for line in verdict_lines(verdicts(rows))), ""]
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from m2mkd_ds.checkpoint.atomic import replacing, write_json_atomic
+from m2mkd_ds.bench.result_files import markdown_head, markdown_table, write_result
 
 SCHEMA = "m2mkd bench memory 2"
 """Stands in every result; a change of the fields' meaning is a new number."""
@@ -128,32 +128,16 @@ def verdict(rows: Sequence[MemoryRow]) -> str:
 
 def write_files(result: dict[str, Any], rows: Sequence[MemoryRow], folder: Path) -> list[Path]:
     """plan_memory_cpu.json and .md; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_file, markdown = folder / "plan_memory_cpu.json", folder / "plan_memory_cpu.md"
-    write_json_atomic(json_file, result)
-    with replacing(markdown) as temp:
-        temp.write_text(to_markdown(result, rows), encoding="utf-8")
-    return [json_file, markdown]
+    return write_result(folder, "plan_memory_cpu", result, to_markdown(result, rows))
 
 
 def to_markdown(result: dict[str, Any], rows: Sequence[MemoryRow]) -> str:
     """The same table with where it comes from."""
-    environment = result["environment"]
-    lines = [
-        f"# Memory, predicted and measured: {environment['cpu']}",
-        "",
-        f"`{result['command']}` ({result['wall_s']:.0f} s)",
-        "",
-        ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
-        "",
+    lines = markdown_head(
+        f"Memory, predicted and measured: {result['environment']['cpu']}", result, f"{result['wall_s']:.0f} s",
         "Peak bytes of the fullest rank in a training step. Measured is the running total of torch's allocator, above what was before "
         "the phase; resident is VmHWM of the whole process. Start (building engines) and end (evaluation, checkpoint) are not predicted.",
-        "",
-        "| " + " | ".join(heading for heading, _ in COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(cell(row) for _, cell in COLUMNS) + " |" for row in rows),
-        "",
-        verdict(rows),
-        "",
-    ]
+    )  # fmt: skip
+    lines += markdown_table([name for name, _ in COLUMNS], ([cell(row) for _, cell in COLUMNS] for row in rows))
+    lines += ["", verdict(rows), ""]
     return "\n".join(lines)

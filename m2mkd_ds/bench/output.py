@@ -12,8 +12,8 @@ from rich.table import Table
 
 from m2mkd_ds.bench.measure import Spread
 from m2mkd_ds.bench.plot import draw
+from m2mkd_ds.bench.result_files import markdown_head, markdown_table, write_result
 from m2mkd_ds.bench.rows import Row
-from m2mkd_ds.checkpoint.atomic import replacing, write_json_atomic
 
 SCHEMA = "m2mkd bench experts 1"
 """Stands in every result; a change of the fields' meaning is a new number. Fields: docs/benchmarks.md."""
@@ -45,42 +45,24 @@ def render(result: dict[str, Any], rows: Sequence[Row]) -> str:
 
 def write_files(result: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
     """JSON, Markdown and (where something was measured) the plot; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     ranks = f"_{result['ranks']}ranks" if result["ranks"] > 1 else ""
     stem = f"experts_{result['device']}_{result['dtype']}{ranks}"
-    json_file, markdown, picture = (folder / f"{stem}.{suffix}" for suffix in ("json", "md", "png"))
-    write_json_atomic(json_file, result)
-    with replacing(markdown) as temp:
-        temp.write_text(to_markdown(result, rows, picture.name), encoding="utf-8")
-    png = draw(rows)
-    if png is None:
-        return [json_file, markdown]
-    with replacing(picture) as temp:
-        temp.write_bytes(png)
-    return [json_file, markdown, picture]
+    return write_result(folder, stem, result, to_markdown(result, rows, f"{stem}.png"), draw(rows))
 
 
 def to_markdown(result: dict[str, Any], rows: Sequence[Row], picture: str) -> str:
     """The same tables with where they come from."""
-    environment = result["environment"]
-    lines = [
-        f"# Expert throughput: {environment['device']}, {result['dtype']}",
-        "",
-        f"`{result['command']}` ({headline(result)})",
-        "",
-        ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
-        "",
+    lines = markdown_head(
+        f"Expert throughput: {result['environment']['device']}, {result['dtype']}", result, headline(result),
         "How to read this: [benchmarks.md](../benchmarks.md). Times are milliseconds, median (p10 to p90).",
-        "",
-    ]
-    lines += [f"![tokens per second by peer and routing]({picture})", ""] if draw_able(rows) else []
+        ("tokens per second by peer and routing", picture) if draw_able(rows) else None,
+    )  # fmt: skip
     for level, routing, group in grouped(rows):
         columns = _columns(group)
         lines += [f"## {_title(level, routing, group)}", ""]
-        lines += ["| " + " | ".join(heading for heading, _ in columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-        for row in group:
-            cells = [cell(row) for _, cell in columns] if row.available else [row.peer, "not available", *[""] * (len(columns) - 2)]
-            lines.append("| " + " | ".join(cells) + " |")
+        absent = ["not available", *[""] * (len(columns) - 2)]
+        cells = ([cell(row) for _, cell in columns] if row.available else [row.peer, *absent] for row in group)
+        lines += markdown_table([name for name, _ in columns], cells)
         notes = [
             f"- {row.peer}: {row.note if row.available else 'not available: ' + row.reason}" for row in group if row.note or row.reason
         ]

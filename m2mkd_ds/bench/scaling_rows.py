@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from m2mkd_ds.bench.measure import Spread
+from m2mkd_ds.bench.result_files import markdown_head, markdown_table, write_result
 from m2mkd_ds.bench.scaling import Measured
-from m2mkd_ds.checkpoint.atomic import replacing, write_json_atomic
 
 SCHEMA = "m2mkd bench scaling 1"
 """Stands in every result; a change of the fields' meaning is a new number."""
@@ -139,35 +139,16 @@ def write_files(result: dict[str, Any], rows: Sequence[ScalingRow], folder: Path
     """scaling_cpu.json, .md and .svg; their paths."""
     from m2mkd_ds.bench.scaling_plot import draw
 
-    folder.mkdir(parents=True, exist_ok=True)
-    json_file, markdown, picture = (folder / f"scaling_cpu.{suffix}" for suffix in ("json", "md", "svg"))
-    write_json_atomic(json_file, result)
-    with replacing(markdown) as temp:
-        temp.write_text(to_markdown(result, rows, picture.name), encoding="utf-8")
-    with replacing(picture) as temp:
-        temp.write_text(draw(rows), encoding="utf-8")
-    return [json_file, markdown, picture]
+    return write_result(folder, "scaling_cpu", result, to_markdown(result, rows, "scaling_cpu.svg"), draw(rows))
 
 
 def to_markdown(result: dict[str, Any], rows: Sequence[ScalingRow], picture: str) -> str:
     """The same table with where it comes from."""
-    environment = result["environment"]
-    lines = [
-        f"# Weak scaling: {environment['cpu']}",
-        "",
-        f"`{result['command']}` ({headline(result)})",
-        "",
-        ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
-        "",
+    lines = markdown_head(
+        f"Weak scaling: {result['environment']['cpu']}", result, headline(result),
         "How to read this: [benchmarks.md](../benchmarks.md). Steps are seconds, median (p10 to p90), of the slowest rank.",
-        "",
-        f"![images a second and time in collectives by ranks]({picture})",
-        "",
-        "| " + " | ".join(heading for heading, _ in COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(cell(row) for _, cell in COLUMNS) + " |" for row in rows),
-        "",
-        *(f"- {line}" for line in notes(rows)),
-        "",
-    ]
+        ("images a second and time in collectives by ranks", picture),
+    )  # fmt: skip
+    lines += markdown_table([name for name, _ in COLUMNS], ([cell(row) for _, cell in COLUMNS] for row in rows))
+    lines += ["", *(f"- {line}" for line in notes(rows)), ""]
     return "\n".join(lines)

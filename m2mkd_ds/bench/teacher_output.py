@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from m2mkd_ds.bench.loader_rows import Range
+from m2mkd_ds.bench.result_files import markdown_head, markdown_table, write_result
 from m2mkd_ds.bench.teacher_plot import draw
 from m2mkd_ds.bench.teacher_rows import StepRow, TransferRow, Verdict, verdicts
-from m2mkd_ds.checkpoint.atomic import replacing, write_json_atomic
 
 SCHEMA = "m2mkd bench teacher 1"
 """Stands in every result; a change of the fields' meaning is a new number. Fields: docs/benchmarks.md."""
@@ -59,35 +59,19 @@ def render(result: dict[str, Any], transfers: Sequence[TransferRow], steps: Sequ
 
 def write_files(result: dict[str, Any], transfers: Sequence[TransferRow], steps: Sequence[StepRow], folder: Path) -> list[Path]:
     """teacher_cpu.json, .md and .svg; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_file, markdown, picture = (folder / f"teacher_{result['device']}.{suffix}" for suffix in ("json", "md", "svg"))
-    write_json_atomic(json_file, result)
-    with replacing(markdown) as temp:
-        temp.write_text(to_markdown(result, transfers, steps, picture.name), encoding="utf-8")
-    with replacing(picture) as temp:
-        temp.write_text(draw(transfers), encoding="utf-8")
-    return [json_file, markdown, picture]
+    stem = f"teacher_{result['device']}"
+    return write_result(folder, stem, result, to_markdown(result, transfers, steps, f"{stem}.svg"), draw(transfers))
 
 
 def to_markdown(result: dict[str, Any], transfers: Sequence[TransferRow], steps: Sequence[StepRow], picture: str) -> str:
     """The same tables with where they come from."""
-    environment = result["environment"]
-    lines = [
-        f"# How teacher outputs travel: {environment['cpu']}",
-        "",
-        f"`{result['command']}` ({headline(result)})",
-        "",
-        ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None),
-        "",
+    lines = markdown_head(
+        f"How teacher outputs travel: {result['environment']['cpu']}", result, headline(result),
         "How to read this: [benchmarks.md](../benchmarks.md). Median (smallest to largest) of the rounds; latencies are of all rounds.",
-        "",
-        f"![GB a second and CPU time a batch by way]({picture})",
-        "",
-    ]
+        ("GB a second and CPU time a batch by way", picture),
+    )  # fmt: skip
     for title, headings, rows in blocks(result, transfers, steps):
-        lines += [f"## {title}", "", "| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines.append("")
+        lines += [f"## {title}", "", *markdown_table(headings, rows), ""]
     lines += [f"- {text}" for text in notes(transfers, steps)]
     found = verdicts(transfers, steps, result["options"]["headroom"])
     lines += ["", "## Ratios and targets", "", *(f"- {text}" for text in verdict_lines(found)), ""]
