@@ -29,7 +29,7 @@ def test_a_small_run_holds_what_was_predicted_within_a_tenth(tmp_path: Path) -> 
     rows = run(["--quick"], tmp_path)
     assert [row["phase"] for row in rows] == ["m2mkd", "end_to_end"]
     for row in rows:
-        assert row["ratio"] == pytest.approx(1, abs=0.1)
+        assert row["ratio"] == pytest.approx(1, abs=0.03)  # a tenth is promised; 0.7 % is the worst of the committed cases
         parts, measured = row["parts"], row["measured"]
         assert isinstance(parts, dict) and isinstance(measured, dict)
         # What lasts from step to step is known better still: weights, masters, moments, averages, frozen modules.
